@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _THREADS_MARK = "ALIGNMENT_AUTO_THREADS"
 _NOISY_PACKAGES = ("paddle", "paddlenlp", "_distutils_hack", "setuptools", "visualdl", "google", "jieba", "datasets")
@@ -95,10 +97,26 @@ def configure_paddle(device: str = "auto", debug: bool = False) -> str:
     else:
         paddle.set_device("cpu")
         paddle.base.core.set_num_threads(int(os.environ.get("MKL_NUM_THREADS") or thread_count()))
+        # Transposed views are copied element by element when a CPU kernel reads them; transposing at once is faster.
+        paddle.set_flags({"FLAGS_use_stride_kernel": False})
         name = "cpu"
     if not (debug or is_debug()):
         quiet_third_parties()
     return name
+
+
+@contextmanager
+def tensor_views() -> Iterator[None]:
+    """Allows Tensor.view, which needs the kernels that `configure_paddle` turns off on a CPU."""
+    import paddle
+
+    flag = "FLAGS_use_stride_kernel"
+    before = paddle.get_flags([flag])
+    paddle.set_flags({flag: True})
+    try:
+        yield
+    finally:
+        paddle.set_flags(before)
 
 
 def quiet_third_parties() -> None:

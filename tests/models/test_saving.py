@@ -43,7 +43,7 @@ def test_paddlenlp_loads_it(tmp_path, family, tied):
     model.eval()
     other.eval()
     ours, theirs = (one(ids, return_dict=True).logits.numpy() for one in (model, other))
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)  # models/cpu.py: the same arithmetic, regrouped
 
 
 def test_cast(tmp_path):

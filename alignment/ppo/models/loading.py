@@ -11,6 +11,7 @@ from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.download import resolve_file_path
 
 from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE, read_config, read_json
+from alignment.ppo.models.cpu import speed_up_on_cpu
 from alignment.ppo.models.default import DEFAULT_MODEL_ALIASES, ensure_default_model
 from alignment.ppo.models.tokenizer_files import TOKENIZER_FILES
 from alignment.ppo.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, load_weights
@@ -64,6 +65,7 @@ def build(kind: type, config: PretrainedConfig, dtype: str, recompute: bool) -> 
     finally:
         set_global_initializer(None)
         paddle.set_default_dtype(before)
+    speed_up_on_cpu(model)
     if recompute:
         model.recompute_enable()
     return model

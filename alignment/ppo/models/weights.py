@@ -22,6 +22,7 @@ import paddle
 from safetensors import SafetensorError, safe_open
 from safetensors.paddle import save_file
 
+from alignment.runtime.bootstrap import tensor_views
 from alignment.runtime.faults import UsageError
 
 SINGLE_FILE = "model.safetensors"
@@ -66,7 +67,8 @@ class WeightFiles:
     def read(self, name: str) -> paddle.Tensor:
         """One tensor as stored, on the CPU."""
         try:
-            return self._owner[name].get_tensor(name)
+            with tensor_views():  # safetensors reads bytes and views them in their type
+                return self._owner[name].get_tensor(name)
         except SafetensorError as error:
             raise UsageError(f"{self.directory}: cannot read {name} ({error})") from None
 
