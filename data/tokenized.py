@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -15,8 +14,6 @@ from data.raw import RawDataset, RawSample, split_indices
 from data.spec import DatasetSpec, parse_specs
 from data.templates import Template, get_template
 from data.truncation import POLICIES, TruncationReport, shorten_turns
-
-logger = logging.getLogger(__name__)
 
 Ids = list[int]
 
@@ -65,7 +62,6 @@ class TokenizedDataset:
         self.report.kept = len(self._items)
         if not self._items:
             raise DataError(f"no sample is left; {self.report.summary()}")
-        logger.info(self.report.summary())
 
     def __len__(self) -> int:
         return len(self._items)

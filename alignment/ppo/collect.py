@@ -1,7 +1,7 @@
 """Collecting experience: the policy answers, the other three models and the reward sources judge."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,7 @@ class Collector:
 
     Args:
         engine: answers prompts with the current policy.
+        actor: the model of that policy.
         reference: the frozen initial policy.
         critic: value model, in its current state.
         rewards: the reward sources.
@@ -42,6 +43,7 @@ class Collector:
     """
 
     engine: RolloutEngine
+    actor: paddle.nn.Layer
     reference: paddle.nn.Layer
     critic: paddle.nn.Layer
     rewards: WeightedRewards
@@ -50,27 +52,53 @@ class Collector:
     timer: PhaseTimer
 
     def collect(
-        self, prompts: Sequence[dict], samples_per_prompt: int, seed: int, iteration: int, sampling: SamplingParameters
+        self,
+        prompts: Sequence[dict],
+        samples_per_prompt: int,
+        seed: int,
+        iteration: int,
+        sampling: SamplingParameters,
+        trust_engine: bool = True,
     ) -> Collected:
         """Answer each prompt ``samples_per_prompt`` times and measure everything on the answers.
 
         Args:
             prompts: items of a PromptOnlyDataset, the same global list on every rank.
             seed, iteration: decide, with prompt id and sample number, every random choice.
+            trust_engine: take the engine's log-probabilities; False has the actor's own forward pass compute them,
+                for in 16 bits two ways of computing them differ too much for a ratio.
         """
+        experience, answers, components = self._answer(prompts, samples_per_prompt, seed, iteration, sampling)
+        temperature = sampling.temperature or 1.0
+        with self.timer("score"):
+            self._fill_log_probs(experience.ref_log_probs, self.reference, experience, temperature)
+            if not trust_engine:
+                self._fill_log_probs(experience.log_probs, self.actor, experience, temperature)
+            self._fill_values(experience)
+            return _merge(gather_objects((experience, answers, components)))
+
+    def evaluate(self, prompts: Sequence[dict], seed: int, iteration: int, sampling: SamplingParameters) -> Collected:
+        """As ``collect``, one answer a prompt and without values, which stay 0: nothing is learnt from these."""
+        experience, answers, components = self._answer(prompts, 1, seed, iteration, sampling)
+        self._fill_log_probs(experience.ref_log_probs, self.reference, experience, sampling.temperature or 1.0)
+        return _merge(gather_objects((experience, answers, components)))
+
+    def _answer(
+        self, prompts: Sequence[dict], samples_per_prompt: int, seed: int, iteration: int, sampling: SamplingParameters
+    ) -> tuple[Experience, list[str], dict[str, np.ndarray]]:
+        """This rank's share: answers and their rewards."""
         n = samples_per_prompt
         asked = [(i * n + k, k, item) for i, item in enumerate(prompts) for k in range(n)]
         own = sorted(asked, key=lambda entry: len(entry[2]["input_ids"]))[rank() :: world_size()]
         rows, items = [row for row, _, _ in own], [item for _, _, item in own]
         draws = [Draw(seed, iteration, int(item["prompt_id"]), k) for _, k, item in own]
+        self.actor.eval()
         with self.timer("rollout"):
             rollout = self.engine.generate([item["input_ids"] for item in items], draws, sampling)
         with self.timer("score"):
             answers = [self._decode(rollout, i) for i in range(len(items))]
             scores, components = self._reward(items, rollout, answers)
-            experience = self._judge(_join(rows, items, rollout, scores), sampling.temperature or 1.0)
-            parts = gather_objects((experience, answers, components))
-        return _merge(parts)
+        return _join(rows, items, rollout, scores), answers, components
 
     def _decode(self, rollout: Rollout, i: int) -> str:
         ids = rollout.response_ids[i][rollout.response_mask[i]].tolist()
@@ -90,18 +118,28 @@ class Collector:
         return self.rewards.score(batch)
 
     @paddle.no_grad()
-    def _judge(self, experience: Experience, temperature: float) -> Experience:
-        """Fill in the reference's log-probabilities and the critic's values, a few rows at a time."""
-        for start in range(0, len(experience), self.batch_size):
-            rows = np.arange(start, min(start + self.batch_size, len(experience)))
-            part = experience.take(rows)
+    def _fill_log_probs(
+        self, target: np.ndarray, model: paddle.nn.Layer, experience: Experience, temperature: float
+    ) -> None:
+        """Write the model's log-probabilities of the answers into ``target`` [N, T], a few rows at a time."""
+        for rows, part in self._batches(experience):
             ids, mask, response_mask = as_tensors(part.input_ids, part.attention_mask, part.response_mask)
+            log_probs, _ = response_log_probs(model, ids, mask, response_mask, temperature)
+            target[rows, : log_probs.shape[1]] = log_probs.numpy()
+
+    @paddle.no_grad()
+    def _fill_values(self, experience: Experience) -> None:
+        self.critic.eval()
+        for rows, part in self._batches(experience):
+            ids, mask = as_tensors(part.input_ids, part.attention_mask)
             width = part.response_ids.shape[1]
-            log_probs, _ = response_log_probs(self.reference, ids, mask, response_mask, temperature)
-            experience.ref_log_probs[rows, :width] = log_probs.numpy()
             values = response_values(self.critic, ids, mask, width).numpy()
             experience.values[rows, :width] = np.where(part.response_mask, values, 0.0)
-        return experience
+
+    def _batches(self, experience: Experience) -> Iterator[tuple[np.ndarray, Experience]]:
+        for start in range(0, len(experience), self.batch_size):
+            rows = np.arange(start, min(start + self.batch_size, len(experience)))
+            yield rows, experience.take(rows)
 
 
 def as_tensors(*arrays: np.ndarray) -> tuple[paddle.Tensor, ...]:
@@ -128,7 +166,7 @@ def _join(rows: list[int], items: list[dict], rollout: Rollout, scores: np.ndarr
         prompt_id=np.asarray([item["prompt_id"] for item in items], dtype=np.int64),
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        response_ids=rollout.response_ids,
+        response_ids=np.where(rollout.response_mask, rollout.response_ids, 0),  # the padding that merge adds
         response_mask=rollout.response_mask,
         finished=rollout.finished,
         log_probs=rollout.log_probs,

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import numpy as np
-import paddle
 
 from alignment.ppo import losses
 from alignment.ppo.collect import as_tensors
@@ -43,7 +42,7 @@ def estimate(experience: Experience, args, controller, moments) -> tuple[Targets
     metrics = {
         "objective/kl": float(sequence_kl.mean()),
         "objective/kl_coeff": controller.coefficient,
-        "objective/entropy": float(experience.entropy.sum(-1).mean()),
+        "objective/entropy": float(np.where(experience.response_mask, experience.entropy, 0.0).sum(-1).mean()),
         "objective/non_score_reward": float(non_score.mean()),
         "objective/scores": float(scores.mean()),
         "objective/rlhf_reward": float((shaped.clip(-clip, clip) + non_score).mean()),
@@ -70,7 +69,6 @@ def mean_and_sem(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-@paddle.no_grad()
 def sequence_kl(experience: Experience) -> np.ndarray:
     """float32 [N]: unbiased estimate (k1) of each answer's KL to the reference, in nats, summed over its tokens."""
-    return ((experience.log_probs - experience.ref_log_probs) * experience.response_mask).sum(-1)
+    return np.where(experience.response_mask, experience.log_probs - experience.ref_log_probs, 0.0).sum(-1)

@@ -307,23 +307,3 @@ def value_loss(
     unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
     loss = 0.5 * masked_mean(paddle.maximum(unclipped, clipped), mask, denominator)
     return loss, ValueStats(mask.sum().astype("float64"), _sum_stat(clipped > unclipped, mask))
-
-
-def _next_labels(labels: Tensor) -> Tensor:
-    return paddle.concat([labels[:, 1:], paddle.full_like(labels[:, :1], IGNORED_LABEL)], axis=1)
-
-
-def count_labels(labels: Tensor) -> Tensor:
-    """Number of tokens supervised_loss predicts in labels int64 [B, L] (-100 = ignored): its share of denominator."""
-    return (_next_labels(labels) != IGNORED_LABEL).sum()
-
-
-def supervised_loss(logits: Tensor, labels: Tensor, denominator: float | Tensor | None = None) -> Tensor:
-    """Cross-entropy of the next token (SFT, ptx): logits [B, L, V] at t predict labels [B, L] at t + 1.
-
-    Labels are not shifted by the caller; -100 is ignored. ``denominator``: see count_labels, its default.
-    """
-    labels = _next_labels(labels)
-    mask = labels != IGNORED_LABEL
-    losses = -log_probs_from_logits(logits, _keep(labels, mask))
-    return masked_mean(losses, mask, denominator)

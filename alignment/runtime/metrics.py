@@ -34,8 +34,8 @@ class MetricsWriter:
             return
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_from is not None and path.exists():
-            _keep_steps(path, resume_from)
+        if resume_from is not None:
+            keep_steps(path, resume_from)
         self._file = path.open("a", encoding="utf-8")
         folder = Path(getattr(args, "logging_dir", None) or Path(output_dir) / "runs")
         for name in getattr(args, "report_to", None) or ():
@@ -70,9 +70,11 @@ class MetricsWriter:
         self.close()
 
 
-def _keep_steps(path: Path, last: int) -> None:
-    """Drops the rows after step `last`, and a last row that a killed run left half-written."""
+def keep_steps(path: Path, last: int) -> None:
+    """Drops a JSON-lines file's rows after step `last`, and a last row that a killed run left half-written."""
     kept = []
+    if not path.exists():
+        return
     for line in path.read_text(encoding="utf-8").splitlines() if last > 0 else ():
         try:
             if json.loads(line)["step"] <= last:

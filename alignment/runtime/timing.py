@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,3 +28,12 @@ class PhaseTimer:
         seconds = {f"timing_s/{phase}": value for phase, value in self._seconds.items()}
         self._seconds.clear()
         return seconds
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has used so far, in GB: of the GPU where it computes on one, else resident."""
+    import paddle
+
+    if paddle.get_device().startswith("gpu"):
+        return paddle.device.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -86,7 +86,7 @@ class StageArguments(TrainingArguments):
         "max_grad_norm": {"ge": 0, "help": "Gradients are scaled down to this norm; 0 turns clipping off."},
         "num_train_epochs": {"gt": 0, "help": "Passes over the training data; max_steps replaces it."},
         "bf16": {"help": "Train in bfloat16; needs a GPU."},
-        "fp16": {"help": "Train in float16; needs a GPU."},
+        "fp16": {"help": "Not available yet (it needs loss scaling); use bf16."},
         "fp16_opt_level": {"choices": ("O1", "O2"), "help": "16-bit training: O2 also keeps the weights in 16 bits."},
         "recompute": {"help": "Compute activations again in the backward pass to save memory."},
         "eval_steps": {"ge": 1},
@@ -162,11 +162,10 @@ class StageArguments(TrainingArguments):
                 "sharding": ("",),
                 "sequence_parallel": (False,),
                 "do_train": (True,),
+                "fp16": (False,),
                 "load_best_model_at_end": (False,),
             },
         )
-        if values["fp16"] and values["bf16"]:
-            raise UsageError('"fp16" and "bf16": at most one may be true')
         if values["data_seed"] is None:
             values["data_seed"] = values["seed"]
         if "all" in values["report_to"]:

@@ -64,21 +64,25 @@ def save_checkpoint(
 def load_training_state(checkpoint: Path, engine: TrainingEngine) -> dict:
     """Put the optimizer and schedule of ``checkpoint`` into ``engine``; returns the run's state.
 
-    Raises: UsageError naming the file that is missing or damaged.
+    Raises: UsageError if a file is missing or damaged, or of a model with other trained parameters.
     """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         tensors = load_file(str(checkpoint / "optimizer.safetensors"))
+        engine.load_state_dict(tensors, state.get("schedule") if isinstance(state, dict) else None)
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{checkpoint}: cannot resume from it: {error}") from error
-    engine.load_state_dict(tensors, state["schedule"])
     return state
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of ``output_dir``, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(CHECKPOINT.fullmatch(path.name).group(1)))
+    found = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        name = CHECKPOINT.fullmatch(path.name)  # a person may have put a "checkpoint-best" beside ours
+        if name and (path / "trainer_state.json").is_file():
+            found[int(name.group(1))] = path
+    return [found[step] for step in sorted(found)]
 
 
 def drop_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:

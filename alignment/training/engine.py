@@ -64,6 +64,7 @@ class TrainingEngine:
             num_warmup_steps=warmup,
             num_training_steps=total_steps,
         )
+        self.learning_rate = self.scheduler.get_lr()  # of the latest step
         decayed = {name for name, key in self.names.items() if "norm" not in key and not key.endswith("bias")}
         self.optimizer = paddle.optimizer.AdamW(
             learning_rate=self.scheduler,
@@ -93,9 +94,13 @@ class TrainingEngine:
             raise RunError(f"the gradient of the {self.name} is not finite ({norm}): lower the learning rate")
         self.optimizer.step()
         self.optimizer.clear_grad()
-        lr = self.optimizer.get_lr()
+        self.learning_rate = self.optimizer.get_lr()
         self.scheduler.step()
-        return {"grad_norm": norm, "lr": lr}
+        return {"grad_norm": norm, "lr": self.learning_rate}
+
+    def discard(self) -> None:
+        """Forget the gradients added since the last step."""
+        self.optimizer.clear_grad()
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict]:
         """Optimizer tensors under their parameters' structured names, and the schedule's plain numbers."""
@@ -107,7 +112,11 @@ class TrainingEngine:
         return {key: value.numpy() for key, value in tensors.items()}, schedule
 
     def load_state_dict(self, tensors: dict[str, np.ndarray], schedule: dict) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Take back what ``state_dict`` gave.
+
+        Raises: ValueError, with nothing changed, if it is not the state of the parameters that are trained here.
+        """
+        self._check_state(tensors, schedule)
         generated = {key: name for name, key in self.names.items()}
         state: dict = {"LR_Scheduler": schedule, "master_weights": {}}
         for key, value in tensors.items():
@@ -119,6 +128,18 @@ class TrainingEngine:
             else:
                 state[f"{generated[parameter]}_{kind}"] = tensor
         self.optimizer.set_state_dict(state)
+
+    def _check_state(self, tensors: dict[str, np.ndarray], schedule: dict) -> None:
+        if not isinstance(schedule, dict) or schedule.keys() != self.scheduler.state_dict().keys():
+            raise ValueError("no state of the learning-rate schedule")
+        shapes = {self.names[parameter.name]: parameter.shape for parameter in self.parameters}
+        others = shapes.keys() ^ {key.rpartition("/")[0] for key in tensors}
+        if tensors and others:  # Paddle takes no optimizer state before the first step
+            raise ValueError(f"parameters trained then and now differ: {min(others)}")
+        for key, value in tensors.items():
+            parameter, _, kind = key.rpartition("/")
+            if "_pow_acc" not in kind and list(value.shape) != shapes[parameter]:
+                raise ValueError(f"{key} has shape {list(value.shape)}, its parameter {shapes[parameter]}")
 
     def _structured(self, key: str) -> str:
         """``linear_3.w_0_moment1_0`` -> ``llama.layers.0.mlp.up_proj.weight/moment1_0``."""

@@ -26,8 +26,8 @@ def load_policy(name_or_path: str | Path, dtype: str = "float32", recompute: boo
     """A PaddleNLP Llama or Qwen2 causal language model with every weight read from safetensors.
 
     Args:
-        name_or_path: "default" (or "smollm2-135m-instruct"), a local directory in PaddleNLP or Hugging Face form, or a
-            name on PaddleNLP's hub.
+        name_or_path: "default" (or "smollm2-135m-instruct"), a local directory in PaddleNLP or Hugging Face form, the
+            output directory of a stage (its newest checkpoint), or a name on PaddleNLP's hub.
         dtype: "float32", on a GPU also "bfloat16" or "float16".
         recompute: recompute activations of each layer in the backward pass instead of keeping them.
     Returns: the model in training mode, all parameters trainable.
@@ -87,12 +87,20 @@ def resolve_model_directory(name_or_path: str | Path) -> Path:
         return ensure_default_model()
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return newest_checkpoint(path)
     if path.is_file():
         raise UsageError(f"model {name!r}: is a file; name the directory that holds config.json and the weights")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UsageError(f"model {name!r}: no such directory")
     return download_model(name)
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """``path``, or where it is a stage's output directory (it has no config.json) its newest checkpoint-N."""
+    found = [file.parent for file in path.glob("checkpoint-*/config.json") if file.parent.name[11:].isdigit()]
+    if (path / "config.json").exists() or not found:
+        return path
+    return max(found, key=lambda part: int(part.name[11:]))
 
 
 def download_model(name: str) -> Path:

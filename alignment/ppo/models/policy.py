@@ -32,27 +32,41 @@ def hidden_states(model: paddle.nn.Layer, input_ids: paddle.Tensor, attention_ma
     )[0]
 
 
+def target_logits(
+    model: paddle.nn.Layer, input_ids: paddle.Tensor, attention_mask: paddle.Tensor, target_mask: paddle.Tensor
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Logits for the marked tokens only: they exist for these alone, never for [B, L, V].
+
+    Args:
+        input_ids: int64 [B, L]; attention_mask: bool [B, L].
+        target_mask: bool [B, L], True at the n tokens to predict; column 0, which nothing precedes, is left out.
+    Returns: logits [n, V] that predict them and the tokens int64 [n], in row-major order of ``target_mask``.
+    """
+    hidden = hidden_states(model, input_ids, attention_mask)[:, :-1]
+    wanted = paddle.nonzero(target_mask[:, 1:].flatten()).squeeze(-1)
+    hidden = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), wanted)
+    return language_model_head(model, hidden), paddle.gather(input_ids[:, 1:].flatten(), wanted)
+
+
 def target_log_probs(
     model: paddle.nn.Layer,
     input_ids: paddle.Tensor,
     attention_mask: paddle.Tensor,
     target_mask: paddle.Tensor,
     temperature: float = 1.0,
+    train_entropy: bool = False,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Log-probability and entropy at the marked tokens only; logits exist for these alone, never for [B, L, V].
+    """Log-probability and entropy at the marked tokens; arguments as ``target_logits``.
 
     Args:
-        input_ids: int64 [B, L]; attention_mask: bool [B, L].
-        target_mask: bool [B, L], True at the n tokens to score (never in column 0).
         temperature: logits are divided by it, as in sampling.
-    Returns: log_probs float32 [n] and entropy float32 [n] in nats, in row-major order of ``target_mask``.
+        train_entropy: whether a gradient flows through the entropy; a bonus needs it, a metric does not.
+    Returns: log_probs float32 [n] and entropy float32 [n] in nats.
     """
-    hidden = hidden_states(model, input_ids, attention_mask)[:, :-1]
-    wanted = paddle.nonzero(target_mask[:, 1:].flatten()).squeeze(-1)
-    hidden = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), wanted)
-    targets = paddle.gather(input_ids[:, 1:].flatten(), wanted)
-    logits = language_model_head(model, hidden)
-    return log_probs_from_logits(logits, targets, temperature), entropy_from_logits(logits, temperature)
+    logits, targets = target_logits(model, input_ids, attention_mask, target_mask)
+    with paddle.set_grad_enabled(train_entropy and paddle.is_grad_enabled()):
+        entropy = entropy_from_logits(logits, temperature)
+    return log_probs_from_logits(logits, targets, temperature), entropy
 
 
 def response_log_probs(
@@ -61,18 +75,20 @@ def response_log_probs(
     attention_mask: paddle.Tensor,
     response_mask: paddle.Tensor,
     temperature: float = 1.0,
+    train_entropy: bool = False,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Log-probability and entropy of every answer token.
 
     Args:
         input_ids: int64 [B, P + T], prompts left-padded to P, answers right-padded to T; attention_mask: bool alike.
         response_mask: bool [B, T], True at answer tokens.
+        temperature, train_entropy: as in ``target_log_probs``.
     Returns: log_probs and entropy, both float32 [B, T], 0 outside ``response_mask``.
     """
     batch, length = input_ids.shape
     width = response_mask.shape[1]
     target_mask = paddle.concat([paddle.zeros([batch, length - width], dtype="bool"), response_mask], axis=1)
-    chosen, entropy = target_log_probs(model, input_ids, attention_mask, target_mask, temperature)
+    chosen, entropy = target_log_probs(model, input_ids, attention_mask, target_mask, temperature, train_entropy)
     where = paddle.nonzero(response_mask)
     shape = [batch, width]
     return paddle.scatter_nd(where, chosen, shape), paddle.scatter_nd(where, entropy, shape)

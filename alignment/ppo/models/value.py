@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,6 @@ from alignment.runtime.faults import UsageError
 SCORE_TYPES = ("reward", "critic")
 HEAD = "score_head.weight"
 _TRUNKS = {"llama": LlamaModel, "qwen2": Qwen2Model}
-
-logger = logging.getLogger(__name__)
-
 
 class ScoreModel(nn.Layer):
     """Scores every position of a sequence.
@@ -120,7 +116,6 @@ def load_value(
     model.head_is_new = not has_head
     if not has_head:
         initialize_head(model, seed)
-        logger.warning("%s: no score head in the checkpoint; a new one is initialised (seed %d)", directory, seed)
     _restore_statistics(model, config, directory, do_normalize)
     return model
 

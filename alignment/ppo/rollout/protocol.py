@@ -10,7 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How answers are drawn. ``temperature`` 0 means greedy; ``top_k`` 0 and ``top_p`` 1 switch their filters off."""
+    """How answers are drawn. ``temperature`` 0 means greedy; ``top_k`` 0 and ``top_p`` 1 switch their filters off.
+
+    ``min_new_tokens`` counts EOS, so 1 forbids nothing (transformers does not count it).
+    """
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...]

@@ -6,6 +6,8 @@ import paddle.nn.functional as F
 
 from alignment.ppo.rollout.protocol import SamplingParameters
 
+LARGEST_ZERO = 1e-20  # Paddle's CPU softmax gives exp(-64) = 2e-28 where 0 is due: a million of those stay below this
+
 
 def penalise_repetition(logits: paddle.Tensor, seen: paddle.Tensor, penalty: float) -> paddle.Tensor:
     """Make tokens that occur in the prompt or the answer so far less likely (Keskar et al. 2019, arXiv:1909.05858).
@@ -39,7 +41,7 @@ def sampling_logits(
     """
     if seen is not None:
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
-    if position < sampling.min_new_tokens:
+    if position + 1 < sampling.min_new_tokens:  # EOS counts as a token of the answer
         forbidden = paddle.zeros([logits.shape[-1]], dtype="bool")
         forbidden[list(sampling.eos_token_ids)] = True
         logits = paddle.where(forbidden.unsqueeze(0), paddle.full_like(logits, float("-inf")), logits)
@@ -62,5 +64,5 @@ def choose_tokens(logits: paddle.Tensor, uniform: paddle.Tensor, greedy: bool) -
     if greedy:
         return paddle.argmax(logits, axis=-1)
     cumulative = paddle.cumsum(F.softmax(logits, axis=-1).astype("float64"), axis=-1)
-    target = uniform.unsqueeze(-1) * cumulative[:, -1:]
+    target = (uniform.unsqueeze(-1) * cumulative[:, -1:]).clip(min=LARGEST_ZERO)
     return paddle.searchsorted(cumulative, target, right=True).squeeze(-1)

@@ -1,0 +1,186 @@
+"""Learning from experience: update_iters passes over its minibatches, one optimizer step of actor and critic each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import paddle
+
+from alignment.parallel.data_parallel import gather_objects, world_size
+from alignment.ppo import losses
+from alignment.ppo.collect import as_tensors, response_values
+from alignment.ppo.experience import Experience, Targets
+from alignment.ppo.losses import PolicyStats
+from alignment.ppo.models.policy import response_log_probs
+from alignment.runtime.faults import RunError
+from alignment.sft.loss import count_labels, supervised_loss
+from alignment.training.batches import BatchSchedule, own_micro_batches
+from alignment.training.engine import TrainingEngine
+
+Sums = Counter[str]
+
+
+class Learner:
+    """Owns actor and critic. Every rank is given the same experience and targets, and works on its share.
+
+    Args:
+        args: PPO's TrainingArguments.
+        actor, critic: engines of the policy and the value model.
+        ptx_set: data.SupervisedDataset for the language-model term (args.ptx_coeff), or None. Each optimizer step
+            takes as many of its texts as it takes answers.
+    """
+
+    def __init__(self, args: Any, actor: TrainingEngine, critic: TrainingEngine, ptx_set: Any | None = None) -> None:
+        self.args, self.actor, self.critic, self.ptx_set = args, actor, critic, ptx_set
+        self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+        if ptx_set is not None:
+            self.ptx_schedule = BatchSchedule(len(ptx_set), self.minibatch_size, args.data_seed)
+            self.collate_texts = ptx_set.get_collator()
+
+    def update(
+        self, experience: Experience, targets: Targets, iteration: int, tolerance: float = float("inf")
+    ) -> dict[str, float]:
+        """All optimizer steps of an iteration; returns their metrics, averaged over tokens or steps as named.
+
+        Args: tolerance: largest difference allowed between the log-probabilities of sampling and those of training,
+            both before the first step; the ratio is then 1.
+        Raises: RunError over ``tolerance``, or if a gradient is not finite; the weights are then untouched.
+        """
+        sums: Sums = Counter()
+        difference = 0.0
+        self.actor.model.train()
+        self.critic.model.train()
+        for number, rows in enumerate(self._minibatches(len(experience), iteration)):
+            step_sums, largest = self._accumulate(experience, targets, rows)
+            if number == 0:
+                difference = largest
+                _check_log_probs(difference, tolerance)
+            elif self.args.target_kl and step_sums["approxkl"] / step_sums["tokens"] > self.args.target_kl:
+                self.actor.discard()
+                self.critic.discard()
+                break
+            if self.ptx_set is not None:
+                step_sums["ptx"] = self._learn_texts(self._count_steps(len(experience)) * (iteration - 1) + number)
+            sums.update(step_sums | self._step())
+        return _describe(sums) | {"rollout/probs_diff_max": difference, **self._rates()}
+
+    def _minibatches(self, count: int, iteration: int) -> Iterator[np.ndarray]:
+        """Rows of each optimizer step; every pass shuffles the whole batch, by the seed alone."""
+        for epoch in range(self.args.update_iters):
+            order = np.random.default_rng([self.args.seed, iteration, epoch]).permutation(count)
+            yield from (order[start : start + self.minibatch_size] for start in range(0, count, self.minibatch_size))
+
+    def _count_steps(self, count: int) -> int:
+        return self.args.update_iters * -(-count // self.minibatch_size)
+
+    def _accumulate(self, experience: Experience, targets: Targets, rows: np.ndarray) -> tuple[Sums, float]:
+        """Gradients of one minibatch; returns sums over all ranks and the largest |log ratio| on any."""
+        lengths = experience.attention_mask.sum(-1)
+        tokens = float(experience.lengths[rows].sum())
+        own: Sums = Counter()
+        differences = [0.0]
+        for micro in own_micro_batches(rows.tolist(), lengths.__getitem__, self.args.per_device_train_batch_size):
+            part = experience.take(np.asarray(micro))
+            part_targets = targets.take(np.asarray(micro), part.response_ids.shape[1])
+            sums, difference = self._learn_policy(part, part_targets, tokens)
+            own.update(sums | self._learn_value(part, part_targets, tokens))
+            differences.append(difference)
+        gathered = gather_objects((own, differences))
+        total: Sums = Counter()
+        for sums, _ in gathered:
+            total.update(sums)
+        return total, float(np.max([value for _, values in gathered for value in values]))
+
+    def _learn_policy(self, part: Experience, targets: Targets, tokens: float) -> tuple[dict[str, float], float]:
+        args = self.args
+        ids, attention_mask, mask, old = as_tensors(
+            part.input_ids, part.attention_mask, part.response_mask, part.log_probs
+        )
+        anchor, advantages = as_tensors(part.ref_log_probs, targets.advantages)
+        new, entropy = response_log_probs(
+            self.actor.model, ids, attention_mask, mask, args.temperature, train_entropy=args.entropy_coeff > 0
+        )
+        loss, stats = policy_loss(args, new, old, anchor, advantages, mask, tokens)
+        mean_entropy = losses.masked_mean(entropy, mask, tokens)
+        self.actor.backward(loss - args.entropy_coeff * mean_entropy)
+        sums = {name: float(value) for name, value in stats._asdict().items()}
+        difference = paddle.where(mask, (new.detach() - old).abs(), paddle.zeros_like(old)).max()
+        return sums | {"policy": float(loss), "entropy": float(mean_entropy)}, float(difference)
+
+    def _learn_value(self, part: Experience, targets: Targets, tokens: float) -> dict[str, float]:
+        ids, attention_mask, mask = as_tensors(part.input_ids, part.attention_mask, part.response_mask)
+        old, returns = as_tensors(part.values, targets.returns)
+        values = response_values(self.critic.model, ids, attention_mask, mask.shape[1])
+        loss, stats = losses.value_loss(values, old, returns, mask, self.args.clip_range_value, tokens)
+        self.critic.backward(loss)
+        return {"value": float(loss), "value_clipped": float(stats.clipped)}
+
+    def _learn_texts(self, number: int) -> float:
+        """Mix the language-model term into the actor's step ``number`` of the run; returns its mean over all ranks."""
+        items = [self.ptx_set[int(index)] for index in self.ptx_schedule(number)]
+        denominator, total = count_labels(items), 0.0
+        size = self.args.per_device_train_batch_size
+        for micro in own_micro_batches(items, lambda item: len(item["input_ids"]), size):
+            loss = supervised_loss(self.actor.model, self.collate_texts(micro), denominator)
+            self.actor.backward(self.args.ptx_coeff * loss)
+            total += float(loss)
+        return sum(gather_objects(total))
+
+    def _step(self) -> dict[str, float]:
+        norms = {"actor_norm": self.actor.step()["grad_norm"], "critic_norm": self.critic.step()["grad_norm"]}
+        return norms | {"steps": 1.0}
+
+    def _rates(self) -> dict[str, float]:
+        return {"lr": self.actor.learning_rate, "critic/lr": self.critic.learning_rate}
+
+
+def policy_loss(
+    args: Any,
+    new: paddle.Tensor,
+    old: paddle.Tensor,
+    anchor: paddle.Tensor,
+    advantages: paddle.Tensor,
+    mask: paddle.Tensor,
+    tokens: float,
+) -> tuple[paddle.Tensor, PolicyStats]:
+    """The objective that args.policy_loss names; tensors [B, T] and ``tokens``, the denominator, as in losses.py."""
+    if args.policy_loss == "apa":
+        return losses.apa_loss(new, old, anchor, advantages, mask, args.apa_lambda, tokens)
+    if args.policy_loss == "awr":
+        return losses.awr_loss(new, old, advantages, mask, args.awr_beta, args.awr_weight_clip, tokens)
+    return losses.ppo_loss(new, old, advantages, mask, args.clip_range_ratio, tokens)
+
+
+def _check_log_probs(difference: float, tolerance: float) -> None:
+    if not difference <= tolerance:  # NaN fails too
+        raise RunError(
+            f"self-check: log-probabilities of sampling and of training differ by {difference:.3g}, more than "
+            f'"self_check_tolerance" {tolerance:g}: rollout engine and model disagree on weights, masks, positions or '
+            "temperature, or dropout is on"
+        )
+
+
+def _describe(sums: Sums) -> dict[str, float]:
+    tokens, steps = sums["tokens"], sums["steps"]
+    ratio = sums["ratio"] / tokens
+    metrics = {
+        "policy/approxkl_avg": sums["approxkl"] / tokens,
+        "policy/clipfrac_avg": sums["clipped"] / tokens,
+        "policy/entropy_avg": sums["entropy"] / steps,
+        "policy/optimizer_steps": steps,
+        "loss/policy_avg": sums["policy"] / steps,
+        "loss/value_avg": sums["value"] / steps,
+        "val/clipfrac_avg": sums["value_clipped"] / tokens,
+        "val/ratio": ratio,
+        "val/ratio_var": max(sums["ratio_sq"] / tokens - ratio * ratio, 0.0),
+        "actor/grad_norm": sums["actor_norm"] / steps,
+        "critic/grad_norm": sums["critic_norm"] / steps,
+    }
+    if "ptx" in sums:
+        metrics["loss/ptx_avg"] = sums["ptx"] / steps
+    if sums["weight_sq"] > 0:  # AWR: how many of the tokens carry the gradient
+        metrics["policy/effective_tokens"] = sums["weight"] ** 2 / sums["weight_sq"]
+    return metrics

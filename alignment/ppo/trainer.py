@@ -1,0 +1,250 @@
+"""Online RL from human feedback: rollout -> score -> estimate -> update -> record."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from alignment.parallel.data_parallel import world_size
+from alignment.ppo.collect import Collected, Collector
+from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
+from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
+from alignment.ppo.experience import Experience
+from alignment.ppo.learner import Learner
+from alignment.ppo.models.saving import save_model
+from alignment.ppo.rewards import WeightedRewards
+from alignment.ppo.rollout.eager import EagerRolloutEngine
+from alignment.ppo.rollout.protocol import SamplingParameters
+from alignment.runtime.console import progress, show_samples
+from alignment.runtime.faults import RunError
+from alignment.runtime.metrics import MetricsWriter, is_main_process, keep_steps
+from alignment.runtime.timing import PhaseTimer, peak_memory_gb
+from alignment.training.batches import BatchSchedule
+from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
+from alignment.training.engine import OptimizerSettings, TrainingEngine
+from alignment.training.setup import SAMPLES_FILE, is_due, total_steps
+
+EVALUATION = 0  # iteration number that draws the answers of every evaluation: differences are the policy's, not luck's
+PARTS = ("policy", "value")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The four models of RLHF; the reward model is one of the reward sources. All PaddleNLP layers.
+
+    tokenizer: of the actor, which the critic shares.
+    """
+
+    actor: paddle.nn.Layer
+    reference: paddle.nn.Layer
+    critic: paddle.nn.Layer
+    rewards: WeightedRewards
+    tokenizer: Any
+
+
+class PPOTrainer:
+    """Trains a policy on its own samples.
+
+    Args:
+        args: alignment.ppo.arguments.TrainingArguments.
+        models: see ``Models``.
+        sampling: how answers are drawn.
+        prompts, eval_prompts: data.PromptOnlyDataset; eval_prompts may be None.
+        ptx_set: data.SupervisedDataset of the language-model term, or None.
+        checkpoint: ``policy/checkpoint-N`` to resume from, or None.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        models: Models,
+        sampling: SamplingParameters,
+        prompts: Sequence[dict],
+        eval_prompts: Sequence[dict] | None = None,
+        ptx_set: Any | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.args, self.models, self.sampling, self.checkpoint = args, models, sampling, checkpoint
+        self.prompts, self.output_dir = prompts, Path(args.output_dir)
+        self.eval_prompts = None if eval_prompts is None else list(eval_prompts)[: args.num_eval_prompts]
+        batch_size = args.per_device_prompt_batch_size * world_size()
+        self.schedule = BatchSchedule(len(prompts), batch_size, args.data_seed, args.dataloader_drop_last)
+        answers = batch_size * args.num_return_sequences
+        self.total_steps = (
+            math.ceil(args.total_episodes / answers)
+            if args.total_episodes
+            else total_steps(args, self.schedule.steps_per_epoch)
+        )
+        minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+        optimizer_steps = self.total_steps * args.update_iters * math.ceil(answers / minibatch_size)
+        actor, critic = (
+            TrainingEngine(model, OptimizerSettings.from_arguments(args, prefix), optimizer_steps, name)
+            for model, prefix, name in ((models.actor, "", "actor"), (models.critic, "critic_", "critic"))
+        )
+        self.learner = Learner(args, actor, critic, ptx_set)
+        self.controller = (
+            AdaptiveKLController(args.kl_coeff, args.kl_target, args.kl_horizon)
+            if args.kl_controller == "adaptive"
+            else FixedKLController(args.kl_coeff)
+        )
+        self.score_scaler = ScoreScaler()
+        self.timer = PhaseTimer()
+        self.collector = Collector(
+            engine=EagerRolloutEngine(models.actor, args.per_device_eval_batch_size),
+            actor=models.actor,
+            reference=models.reference,
+            critic=models.critic,
+            rewards=models.rewards,
+            tokenizer=models.tokenizer,
+            batch_size=args.per_device_eval_batch_size,
+            timer=self.timer,
+        )
+        self.episodes = 0
+        self.last_evaluation: dict[str, float] = {}
+
+    def train(self) -> dict[str, float]:
+        """Run all iterations, evaluate and save on the way. Returns the last evaluation's metrics."""
+        start, args = self._resume(), self.args
+        self.models.rewards.check()
+        with MetricsWriter(args, self.output_dir, resume_from=start) as writer, progress(
+            self.total_steps, start, args
+        ) as bar:
+            if start == 0:
+                self._evaluate(0, writer)
+            for iteration in range(start + 1, self.total_steps + 1):
+                metrics = self.iterate(iteration)
+                last = iteration == self.total_steps
+                if last or iteration % args.logging_steps == 0:
+                    writer.write(iteration, metrics)
+                bar.advance(metrics)
+                epoch = self.schedule.steps_per_epoch
+                if last or is_due(args.evaluation_strategy, args.eval_steps, iteration, epoch):
+                    self._evaluate(iteration, writer)
+                if last or is_due(args.save_strategy, args.save_steps, iteration, epoch):
+                    self.save(iteration)
+        return self.last_evaluation
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration (counted from 1) of the algorithm; returns its metrics."""
+        started = time.perf_counter()
+        collected = self.rollout(iteration)
+        experience = collected.experience
+        checked = iteration == 1 and self._is_float32()
+        if checked:
+            check_reference(experience, self.args.self_check_tolerance)
+        targets, metrics = estimate(experience, self.args, self.controller, self.score_scaler)
+        with self.timer("update"):
+            tolerance = self.args.self_check_tolerance if checked else math.inf
+            metrics |= self.learner.update(experience, targets, iteration, tolerance)
+        self.episodes += len(experience)
+        timings = self.timer.pop()
+        return {
+            "episode": self.episodes,
+            "epoch": iteration / self.schedule.steps_per_epoch,
+            **{name: float(values.mean()) for name, values in collected.components.items()},
+            **metrics,
+            **timings,
+            "perf/rollout_tokens_per_s": float(experience.lengths.sum()) / timings["timing_s/rollout"],
+            "perf/iteration_s": time.perf_counter() - started,
+            "perf/max_memory_gb": peak_memory_gb(),
+        }
+
+    def rollout(self, iteration: int) -> Collected:
+        """Answers of the current policy to this iteration's prompts, judged by the other models."""
+        prompts = [self.prompts[int(index)] for index in self.schedule(iteration - 1)]
+        return self.collector.collect(
+            prompts, self.args.num_return_sequences, self.args.seed, iteration, self.sampling, self._is_float32()
+        )
+
+    def evaluate(self) -> tuple[dict[str, float], list[dict]]:
+        """Metrics on the held-out prompts and, one a prompt, the rows of samples.jsonl (without their step)."""
+        collected = self.collector.evaluate(self.eval_prompts, self.args.seed, EVALUATION, self.sampling)
+        self.timer.pop()
+        experience = collected.experience
+        reward, reward_sem = mean_and_sem(experience.scores)
+        kl, kl_sem = mean_and_sem(sequence_kl(experience))
+        described = describe_rollout(experience)
+        metrics = {
+            "eval/reward_mean": reward,
+            "eval/reward_sem": reward_sem,
+            "eval/kl_mean": kl,
+            "eval/kl_sem": kl_sem,
+            "eval/length_mean": described["rollout/length_mean"],
+            "eval/truncated_rate": described["rollout/truncated_rate"],
+            **{f"eval/{name}": float(values.mean()) for name, values in collected.components.items()},
+        }
+        rows = [
+            {
+                "prompt_id": int(experience.prompt_id[i]),
+                "prompt": self.eval_prompts[experience.row[i]]["prompt"],
+                "answer": answer,
+                "reward": float(experience.scores[i]),
+                "length": int(experience.lengths[i]),
+                "finished": bool(experience.finished[i]),
+            }
+            for i, answer in enumerate(collected.answers)
+        ]
+        return metrics, rows
+
+    def save(self, iteration: int) -> None:
+        """Write value/checkpoint-N, then policy/checkpoint-N: where the policy's is there, so is the value's."""
+        state = {
+            "episodes": self.episodes,
+            "kl_controller": self.controller.state_dict(),
+            "score_scaler": self.score_scaler.state_dict(),
+        }
+        for part, engine in (("value", self.learner.critic), ("policy", self.learner.actor)):
+
+            def save_weights(directory: Path, model: paddle.nn.Layer = engine.model) -> None:
+                save_model(model, self.models.tokenizer, directory)
+
+            save_checkpoint(self.output_dir / part, iteration, save_weights, engine, state)
+            drop_old_checkpoints(self.output_dir / part, self.args.save_total_limit)
+
+    def _evaluate(self, iteration: int, writer: MetricsWriter) -> None:
+        if self.eval_prompts is None:
+            return
+        self.last_evaluation, rows = self.evaluate()
+        writer.write(iteration, self.last_evaluation)
+        if is_main_process():
+            lines = [json.dumps({"step": iteration, **row}, ensure_ascii=False) + "\n" for row in rows]
+            with (self.output_dir / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        show_samples(f"held-out answers after iteration {iteration}", rows)
+
+    def _resume(self) -> int:
+        """The iteration to go on after; 0 for a fresh run."""
+        if self.checkpoint is None:
+            return 0
+        other = self.checkpoint.parent.parent / "value" / self.checkpoint.name
+        load_training_state(other, self.learner.critic)
+        state = load_training_state(self.checkpoint, self.learner.actor)
+        self.episodes = state["episodes"]
+        self.controller.load_state_dict(state["kl_controller"])
+        self.score_scaler.load_state_dict(state["score_scaler"])
+        if is_main_process():
+            keep_steps(self.output_dir / SAMPLES_FILE, state["step"])
+        return state["step"]
+
+    def _is_float32(self) -> bool:
+        return not (self.args.bf16 or self.args.fp16)
+
+
+def check_reference(experience: Experience, tolerance: float) -> None:
+    """Raises RunError unless the KL to the reference is 0, as it must be before the first step."""
+    mask = experience.response_mask
+    difference = float(np.abs(np.where(mask, experience.log_probs - experience.ref_log_probs, 0.0)).max(initial=0.0))
+    if not difference <= tolerance:
+        raise RunError(
+            f"self-check: before the first step the policy's log-probabilities differ from the reference's by "
+            f'{difference:.3g}, more than "self_check_tolerance" {tolerance:g}: the two did not start from the same '
+            "weights, or the rollout engine is wrong"
+        )

@@ -1,0 +1,42 @@
+"""SFT: ``python run_sft.py config.json [--key value ...]``, also under paddle.distributed.launch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run by path: `import alignment` and `import data` mean this checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from alignment.ppo.models.freezing import set_trainable_layers
+from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.tokenizer import load_tokenizer
+from alignment.runtime.arguments import parse
+from alignment.runtime.faults import run_main
+from alignment.sft.arguments import GROUPS
+from alignment.sft.trainer import SFTTrainer
+from alignment.training.checkpoint import find_checkpoint
+from alignment.training.setup import load_data, load_named, weight_dtype
+from alignment.training.stage import run_stage
+from data import SupervisedDataset
+
+
+def build_trainer(model_args: Any, data_args: Any, args: Any) -> SFTTrainer:
+    """Data first, for it fails fast; then the model, from the checkpoint where the run is resumed."""
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    source = checkpoint or model_args.model_name_or_path
+    tokenizer = load_named("model_name_or_path", load_tokenizer, source)
+    train_set, eval_set = load_data(SupervisedDataset, data_args, args, tokenizer)
+    model = load_named("model_name_or_path", load_policy, source, weight_dtype(args), args.recompute)
+    load_named("num_layers_unfrozen", set_trainable_layers, model, args.num_layers_unfrozen)
+    return SFTTrainer(args, model, tokenizer, train_set, eval_set, checkpoint)
+
+
+def main() -> None:
+    """Run the stage that the command line describes."""
+    run_stage("sft", parse(sys.argv[1:], GROUPS, "run_sft.py"), build_trainer)
+
+
+if __name__ == "__main__":
+    run_main(main)

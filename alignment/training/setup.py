@@ -1,0 +1,112 @@
+"""What every stage does before its loop: output directory, precision, lengths, data sets."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from alignment.runtime.console import say
+from alignment.runtime.faults import UsageError
+from alignment.runtime.metrics import METRICS_FILE, is_main_process
+from alignment.training.checkpoint import find_checkpoint, list_checkpoints
+from data import load_dataset_modules
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+def prepare_output(args: Any, parts: tuple[str, ...] = ("",)) -> None:
+    """Make sure that this run neither mixes with an earlier one in output_dir nor destroys it unasked.
+
+    Args: parts: sub-directories of output_dir that hold checkpoints ("policy", "value"), or "" for itself.
+    Raises: UsageError if output_dir holds a run that this one neither resumes nor may overwrite, or cannot be written.
+    """
+    output_dir = Path(args.output_dir)
+    if not is_main_process() or find_checkpoint(output_dir, args.resume_from_checkpoint, parts[0]) is not None:
+        return
+    files = [path for path in (output_dir / METRICS_FILE, output_dir / SAMPLES_FILE) if path.exists()]
+    checkpoints = [path for part in parts for path in list_checkpoints(output_dir / part)]
+    if (files or checkpoints) and not args.overwrite_output_dir:
+        raise UsageError(
+            f'"output_dir": {output_dir} holds an earlier run; name another, or set "resume_from_checkpoint": "true" '
+            'to go on with it or "overwrite_output_dir": true to start over'
+        )
+    for path in files:
+        path.unlink()
+    for path in checkpoints:
+        shutil.rmtree(path)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UsageError(f'"output_dir": {output_dir} cannot be created: {fault.strerror}') from None
+
+
+def weight_dtype(args: Any) -> str:
+    """Type of the weights in memory; the optimizer keeps a float32 copy of 16-bit ones."""
+    return "bfloat16" if args.bf16 and args.fp16_opt_level == "O2" else "float32"
+
+
+def mixed_precision(args: Any) -> AbstractContextManager:
+    """Matrix products in bfloat16 with float32 weights (bf16 at O1); otherwise changes nothing."""
+    return paddle.amp.auto_cast(enable=args.bf16 and args.fp16_opt_level == "O1", dtype="bfloat16", level="O1")
+
+
+def load_named(key: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``load(*args, **kwargs)``, its UsageError led by the argument that is to blame."""
+    try:
+        return load(*args, **kwargs)
+    except UsageError as fault:
+        raise UsageError(f'"{key}": {fault}') from fault
+
+
+def check_positions(key: str, model: paddle.nn.Layer, tokens: int) -> None:
+    """Raises UsageError if sequences may grow to more ``tokens`` than the model has positions."""
+    limit = model.config.max_position_embeddings
+    if tokens > limit:
+        raise UsageError(f'"{key}": sequences of {tokens} tokens are more than the model\'s {limit} positions')
+
+
+def load_data(
+    kind: type, data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
+) -> tuple[Any, Any]:
+    """Training and held-out data sets of one kind (data.SupervisedDataset, ...); held-out None where none is asked.
+
+    Args: max_length: tokens; default: the argument of that name.
+    """
+    load_dataset_modules(data_args.dataset_modules)
+
+    def load(datasets: Any) -> Any:
+        return kind(
+            datasets,
+            tokenizer,
+            max_length=max_length or data_args.max_length,
+            template=data_args.prompt_template,
+            truncation=data_args.truncation,
+            seed=args.data_seed,
+        )
+
+    train_set, eval_set = load(data_args.train_datasets), None
+    say(train_set.report.summary())
+    if data_args.eval_datasets:
+        eval_set = load(data_args.eval_datasets)
+        say(f"held out: {eval_set.report.summary()}")
+    elif data_args.eval_split_ratio:
+        train_set, eval_set = train_set.split_train_test(data_args.eval_split_ratio, seed=args.data_seed)
+        say(f"held out: {len(eval_set)} of them")
+    return train_set, eval_set
+
+
+def total_steps(args: Any, steps_per_epoch: int) -> int:
+    """Length of the run: max_steps, or num_train_epochs passes over the data."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+def is_due(strategy: Any, every: int | None, step: int, steps_per_epoch: int) -> bool:
+    """Whether something of evaluation_strategy or save_strategy ("no", "steps", "epoch") happens after ``step``."""
+    name = getattr(strategy, "value", strategy)
+    return step % every == 0 if name == "steps" else name == "epoch" and step % steps_per_epoch == 0

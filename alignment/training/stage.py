@@ -1,0 +1,36 @@
+"""One stage from checked arguments to its last line on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import paddle
+
+from alignment.parallel.data_parallel import close_processes
+from alignment.runtime.console import show_summary
+from alignment.runtime.run_record import write_run_record
+from alignment.training.setup import mixed_precision, prepare_output
+
+
+def run_stage(
+    stage: str, arguments: Sequence[Any], build: Callable[..., Any], parts: tuple[str, ...] = ("",)
+) -> dict[str, float]:
+    """Build a stage's trainer and run it; returns what its ``train`` returned.
+
+    Args:
+        stage: "sft", "rm" or "ppo".
+        arguments: what alignment.runtime.arguments.parse gave; the last are the TrainingArguments.
+        build: makes the trainer of them; everything that can be wrong with the input shows here.
+        parts: see alignment.training.setup.prepare_output.
+    """
+    args = arguments[-1]
+    prepare_output(args, parts)
+    paddle.seed(args.seed)
+    trainer = build(*arguments)
+    write_run_record(args.output_dir, stage, arguments)
+    with mixed_precision(args):
+        result = trainer.train()
+    show_summary(f"{stage} finished: {args.output_dir}", {"steps": trainer.total_steps, **result})
+    close_processes()
+    return result

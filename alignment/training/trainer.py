@@ -1,0 +1,172 @@
+"""The loop of the supervised stages (SFT and reward modelling): one model, labelled samples, one loss."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from alignment.parallel.data_parallel import gather_objects, world_size
+from alignment.ppo.models.saving import save_model
+from alignment.runtime.console import progress
+from alignment.runtime.metrics import MetricsWriter
+from alignment.runtime.timing import peak_memory_gb
+from alignment.training.batches import BatchSchedule, own_micro_batches
+from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
+from alignment.training.engine import OptimizerSettings, TrainingEngine
+from alignment.training.setup import check_positions, is_due, total_steps
+
+Arrays = dict[str, np.ndarray]
+
+
+class StageTrainer(ABC):
+    """Trains one model on labelled samples; a subclass says what a sample costs.
+
+    Args:
+        args: the stage's arguments (alignment.training.arguments.StageArguments).
+        model, tokenizer: what is trained, and what is saved beside it.
+        train_set, eval_set: data sets of one kind; eval_set may be None.
+        checkpoint: directory to resume from, or None.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        model: paddle.nn.Layer,
+        tokenizer: Any,
+        train_set: Sequence[dict],
+        eval_set: Sequence[dict] | None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.train_set, self.eval_set, self.checkpoint = train_set, eval_set, checkpoint
+        self.collate: Callable[[list[dict]], Arrays] = train_set.get_collator()
+        longest = max(self.length(item) for part in (train_set, eval_set or ()) for item in part)
+        check_positions("max_length", model, longest)
+        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+        self.schedule = BatchSchedule(len(train_set), batch_size, args.data_seed, args.dataloader_drop_last)
+        self.total_steps = total_steps(args, self.schedule.steps_per_epoch)
+        self.engine = TrainingEngine(model, OptimizerSettings.from_arguments(args), self.total_steps, "model")
+        self.output_dir = Path(args.output_dir)
+        self.last_evaluation: dict[str, float] = {}
+
+    # ---- what a subclass provides -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def length(self, item: dict) -> int:
+        """Tokens of one sample, to batch like with like."""
+
+    @abstractmethod
+    def count(self, items: Iterable[dict]) -> int:
+        """What these samples add to the loss's denominator: their label tokens, or pairs."""
+
+    @abstractmethod
+    def compute_loss(self, batch: Arrays, denominator: float) -> tuple[paddle.Tensor, Arrays]:
+        """Loss of a micro-batch, divided by the global ``denominator``, and what ``describe`` needs, a row a sample."""
+
+    @abstractmethod
+    def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
+        """Metrics of a global batch, or of the held-out samples, from its loss and the rows of all ranks."""
+
+    def finish_step(self, rows: Arrays) -> None:  # noqa: B027
+        """Called with the rows of all ranks after each optimizer step."""
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds beside weights and optimizer; plain JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:  # noqa: B027
+        """Takes back what ``state_dict`` gave (the whole trainer_state.json)."""
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Run all steps, evaluate and save on the way. Returns the last evaluation's metrics."""
+        start, args = self._resume(), self.args
+        with MetricsWriter(args, self.output_dir, resume_from=start) as writer, progress(
+            self.total_steps, start, args
+        ) as bar:
+            if start == 0:
+                self._evaluate(0, writer)
+            for step in range(start + 1, self.total_steps + 1):
+                metrics = self.training_step(step)
+                last = step == self.total_steps
+                if last or step % args.logging_steps == 0:
+                    writer.write(step, metrics)
+                bar.advance(metrics)
+                if last or is_due(args.evaluation_strategy, args.eval_steps, step, self.schedule.steps_per_epoch):
+                    self._evaluate(step, writer)
+                if last or is_due(args.save_strategy, args.save_steps, step, self.schedule.steps_per_epoch):
+                    self.save(step)
+        return self.last_evaluation
+
+    def training_step(self, step: int) -> dict[str, float]:
+        """One optimizer step on global batch number ``step``, counted from 1."""
+        started = time.perf_counter()
+        items = [self.train_set[int(index)] for index in self.schedule(step - 1)]
+        denominator, loss, parts = self.count(items), 0.0, []
+        self.model.train()
+        for micro in own_micro_batches(items, self.length, self.args.per_device_train_batch_size):
+            micro_loss, rows = self.compute_loss(self.collate(micro), denominator)
+            self.engine.backward(micro_loss)
+            loss += float(micro_loss)
+            parts.append(rows)
+        loss, rows = _over_ranks(loss, parts)
+        metrics = self.describe(loss, rows) | self.engine.step()
+        self.finish_step(rows)
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "epoch": step / self.schedule.steps_per_epoch,
+            "perf/iteration_s": seconds,
+            "perf/tokens_per_s": sum(map(self.length, items)) / seconds,
+            "perf/max_memory_gb": peak_memory_gb(),
+        }
+
+    @paddle.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on all held-out samples, every rank working on its share."""
+        items = list(self.eval_set)
+        denominator, loss, parts = self.count(items), 0.0, []
+        self.model.eval()
+        for batch in own_micro_batches(items, self.length, self.args.per_device_eval_batch_size):
+            batch_loss, rows = self.compute_loss(self.collate(batch), denominator)
+            loss += float(batch_loss)
+            parts.append(rows)
+        return self.describe(*_over_ranks(loss, parts))
+
+    def save(self, step: int) -> Path:
+        """Write checkpoint-<step> and drop the oldest over save_total_limit."""
+
+        def save_weights(directory: Path) -> None:
+            save_model(self.model, self.tokenizer, directory)
+
+        path = save_checkpoint(self.output_dir, step, save_weights, self.engine, self.state_dict())
+        drop_old_checkpoints(self.output_dir, self.args.save_total_limit)
+        return path
+
+    def _evaluate(self, step: int, writer: MetricsWriter) -> None:
+        if self.eval_set is not None:
+            self.last_evaluation = {f"eval/{name}": value for name, value in self.evaluate().items()}
+            writer.write(step, self.last_evaluation)
+
+    def _resume(self) -> int:
+        """The step to go on after; 0 for a fresh run."""
+        if self.checkpoint is None:
+            return 0
+        state = load_training_state(self.checkpoint, self.engine)
+        self.load_state_dict(state)
+        return state["step"]
+
+
+def _over_ranks(loss: float, parts: list[Arrays]) -> tuple[float, Arrays]:
+    """The sum of the losses and the rows of all ranks; every part has the same keys."""
+    gathered = gather_objects((loss, parts))
+    everything = [part for _, rank_parts in gathered for part in rank_parts]
+    return sum(one for one, _ in gathered), {
+        name: np.concatenate([part[name] for part in everything]) for name in everything[0]
+    }
