@@ -67,7 +67,7 @@ class StageTrainer(ABC):
 
     @abstractmethod
     def compute_loss(self, batch: Arrays, denominator: float) -> tuple[paddle.Tensor, Arrays]:
-        """Loss of a micro-batch, divided by the global ``denominator``, and what ``describe`` needs, a row a sample."""
+        """Loss of a micro-batch, divided by the global ``denominator``, and rows for ``describe``, one a sample."""
 
     @abstractmethod
     def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
