@@ -303,7 +303,8 @@ def value_loss(
 ) -> tuple[Tensor, ValueStats]:
     """Clipped value loss: mean of 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2); all [B, T]."""
     values, old_values, returns = (_keep(x, mask) for x in (values, old_values, returns))
-    near = old_values + (values - old_values).clip(-clip_range_value, clip_range_value)
+    moved = (values - old_values).clip(-clip_range_value, clip_range_value)
+    near = paddle.where(moved == values - old_values, values, old_values + moved)  # exactly: rounding is no clipping
     unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
     loss = 0.5 * masked_mean(paddle.maximum(unclipped, clipped), mask, denominator)
     return loss, ValueStats(mask.sum().astype("float64"), _sum_stat(clipped > unclipped, mask))

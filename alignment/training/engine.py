@@ -132,7 +132,7 @@ class TrainingEngine:
     def _check_state(self, tensors: dict[str, np.ndarray], schedule: dict) -> None:
         if not isinstance(schedule, dict) or schedule.keys() != self.scheduler.state_dict().keys():
             raise ValueError("no state of the learning-rate schedule")
-        shapes = {self.names[parameter.name]: parameter.shape for parameter in self.parameters}
+        shapes = {self.names[parameter.name]: list(parameter.shape) for parameter in self.parameters}
         others = shapes.keys() ^ {key.rpartition("/")[0] for key in tensors}
         if tensors and others:  # Paddle takes no optimizer state before the first step
             raise ValueError(f"parameters trained then and now differ: {min(others)}")

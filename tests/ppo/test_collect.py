@@ -1,0 +1,235 @@
+"""Collected experience against NumPy forward passes of each answer alone, on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from alignment.ppo import collect
+from alignment.ppo.collect import Collector
+from alignment.ppo.experience import Experience
+from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.value import load_value
+from alignment.ppo.rewards import FunctionReward, WeightedRewards
+from alignment.ppo.rollout.eager import EagerRolloutEngine
+from alignment.ppo.rollout.protocol import SamplingParameters
+from alignment.runtime.timing import PhaseTimer
+from tests.models.reference import hidden_states
+from tests.models.tiny import tiny_policy, tiny_tokenizer
+
+SAMPLING = SamplingParameters(max_new_tokens=6, eos_token_ids=(2, 11, 30, 40), pad_token_id=3)
+LENGTHS = (4, 1, 7, 2)
+REWARD = """
+def judge(prompts, responses, samples, finished):
+    return [
+        100 * sample["number"] + 10 * done + len(response.split()) + 0.5 * (prompt == sample["input"])
+        for prompt, response, sample, done in zip(prompts, responses, samples, finished)
+    ]
+def one(responses): return [1.0] * len(responses)
+"""
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def models(request, tmp_path_factory):
+    """Policy, reference, and the trunk of the critic, of different weights."""
+    return [tiny_policy(tmp_path_factory.mktemp(name), request.param, seed=i) for i, name in enumerate("prc")]
+
+
+@pytest.fixture(scope="module")
+def critic(models):
+    return load_value(models[2].directory, score_type="critic", seed=4)
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    file = tmp_path_factory.mktemp("reward") / "collect_rewards.py"
+    file.write_text(REWARD)
+    return WeightedRewards([FunctionReward(f"{file}:judge"), FunctionReward(f"{file}:one")], [2.0, -3.0])
+
+
+@pytest.fixture(scope="module")
+def collector(models, critic, rewards, tmp_path_factory):
+    actor, reference = models[0].model, models[1].model
+    engine, tokenizer = EagerRolloutEngine(actor, 8), tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return Collector(engine, actor, reference, critic, rewards, tokenizer, 3, PhaseTimer())
+
+
+@pytest.fixture(scope="module")
+def whole(collector):
+    return collector.collect(make_prompts(), 2, 1, 0, SAMPLING)
+
+
+def make_prompts(lengths=LENGTHS):
+    random = np.random.default_rng(5)
+    return [
+        {
+            "input_ids": random.integers(4, 48, length),
+            "prompt_id": 20 - i,
+            "prompt": f"question {i}",
+            "sample": {"input": f"question {i}", "number": i},
+        }
+        for i, length in enumerate(lengths)
+    ]
+
+
+def words(ids) -> str:
+    """What the tokenizer says: without begin, end and padding."""
+    return " ".join(f"w{i}" if i > 3 else "<unk>" for i in ids if i not in (1, 2, 3))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_every_number_is_that_of_the_answer_alone(collector, models, critic, temperature):
+    policy, reference, trunk = models
+    prompts = make_prompts()
+    collected = collector.collect(prompts, 2, seed=1, iteration=0, sampling=replace(SAMPLING, temperature=temperature))
+    experience, head = collected.experience, critic.score_head.weight.numpy()
+    assert len(experience) == 8 and experience.row.tolist() == list(range(8))
+    assert 0 < experience.finished.sum() < 8 and len(set(experience.lengths)) > 1
+    for i in range(8):
+        prompt, mask = prompts[i // 2], experience.response_mask[i]
+        answer = experience.response_ids[i][mask]
+        text = [*prompt["input_ids"], *answer]
+        before_actions = slice(len(prompt["input_ids"]) - 1, -1)
+        assert experience.prompt_id[i] == prompt["prompt_id"]
+        assert experience.input_ids[i][experience.attention_mask[i]].tolist() == text
+
+        x = policy.log_softmax(text, temperature)[before_actions]
+        expected = {
+            "log_probs": np.take_along_axis(x, answer[:, None], 1)[:, 0],
+            "entropy": -(np.exp(x) * x).sum(-1),
+            "ref_log_probs": np.take_along_axis(
+                reference.log_softmax(text, temperature)[before_actions], answer[:, None], 1
+            )[:, 0],
+            "values": (hidden_states(trunk.weights, trunk.config, text) @ head)[before_actions, 0],
+        }
+        for name, value in expected.items():
+            array = getattr(experience, name)[i]
+            np.testing.assert_allclose(array[mask], value, atol=2e-4, err_msg=name)
+            assert array.dtype == np.float32 and (array[~mask] == 0).all(), name
+
+        done = answer[-1] in SAMPLING.eos_token_ids
+        assert experience.finished[i] == done
+        spoken = words(answer)
+        assert collected.answers[i] == spoken
+        score = 100 * (i // 2) + 10 * done + len(spoken.split()) + 0.5
+        assert experience.scores[i] == 2 * score - 3
+        assert collected.components["rewards/judge"][i] == score and collected.components["rewards/one"][i] == 1.0
+
+
+def test_samples_of_a_prompt_and_iterations_differ(collector):
+    sampling = replace(SAMPLING, eos_token_ids=())
+    collect = [collector.collect(make_prompts(), 2, 1, iteration, sampling).experience for iteration in (0, 1, 0)]
+    ids = [experience.response_ids for experience in collect]
+    np.testing.assert_array_equal(ids[0], ids[2])
+    assert len({row.tobytes() for array in ids[:2] for row in array}) == 16
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_kl_to_a_reference_of_the_same_weights_is_zero(collector, models, temperature):
+    twin = replace(collector, reference=load_policy(models[0].directory))
+    sampling = replace(SAMPLING, temperature=temperature)
+    experience = twin.collect(make_prompts(), 3, 1, 0, sampling).experience
+    np.testing.assert_allclose(experience.ref_log_probs, experience.log_probs, atol=2e-5)
+    other = collector.collect(make_prompts(), 3, 1, 0, sampling).experience
+    assert abs(other.ref_log_probs - other.log_probs).max() > 0.5
+
+
+def assert_close(first: Experience, second: Experience) -> None:
+    for field in fields(Experience):
+        x, y = getattr(first, field.name), getattr(second, field.name)
+        if x.dtype == np.float32:
+            np.testing.assert_allclose(x, y, atol=2e-5, err_msg=field.name)
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=field.name)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_batch_size_changes_nothing(collector, whole, batch_size):
+    other = replace(collector, batch_size=batch_size).collect(make_prompts(), 2, 1, 0, SAMPLING)
+    assert_close(other.experience, whole.experience)
+
+
+class InexactEngine:
+    """An engine whose log-probabilities are off, as those of 16-bit kernels are."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def generate(self, *args):
+        rollout = self.engine.generate(*args)
+        return replace(rollout, log_probs=rollout.log_probs - np.float32(0.25) * rollout.response_mask)
+
+
+def test_log_probs_are_the_engines_or_the_actors(collector, whole):
+    exact, inexact = whole.experience, replace(collector, engine=InexactEngine(collector.engine))
+    trusted = inexact.collect(make_prompts(), 2, 1, 0, SAMPLING).experience
+    assert_close(trusted, replace(exact, log_probs=exact.log_probs - np.float32(0.25) * exact.response_mask))
+    assert_close(inexact.collect(make_prompts(), 2, 1, 0, SAMPLING, trust_engine=False).experience, exact)
+
+
+def test_evaluation_is_the_first_sample_without_values(collector, whole):
+    evaluated = collector.evaluate(make_prompts(), 1, 0, SAMPLING)
+    first = whole.experience.take(np.arange(0, 8, 2))
+    expected = replace(first, row=np.arange(4), values=np.zeros_like(first.values))
+    assert_close(evaluated.experience, expected)
+    assert evaluated.answers == whole.answers[::2]
+
+
+def collect_on_ranks(collector, ranks, prompts, samples, monkeypatch):
+    """The ranks one after another in this process; the last one gathers what all of them brought."""
+    parts = []
+    monkeypatch.setattr(collect, "world_size", lambda: ranks)
+    monkeypatch.setattr(collect, "gather_objects", lambda part: parts.append(part) or [part, *parts[:-1]])
+    for rank in range(ranks - 1):  # these gather only parts so far, and may have nothing to merge
+        monkeypatch.setattr(collect, "rank", lambda rank=rank: rank)
+        collector.collect(prompts, samples, 1, 0, SAMPLING)
+    monkeypatch.setattr(collect, "rank", lambda: ranks - 1)
+    return collector.collect(prompts, samples, 1, 0, SAMPLING)
+
+
+@pytest.mark.parametrize(("ranks", "lengths", "samples"), [(2, LENGTHS, 2), (3, LENGTHS, 2), (2, LENGTHS[:1], 1)])
+def test_the_number_of_ranks_changes_nothing(collector, ranks, lengths, samples, monkeypatch):
+    """Even where a rank has nothing to do; padded ids are the same too."""
+    prompts = make_prompts(lengths)
+    whole = collector.collect(prompts, samples, 1, 0, SAMPLING)
+    collected = collect_on_ranks(collector, ranks, prompts, samples, monkeypatch)
+    assert_close(collected.experience, whole.experience)
+    assert collected.answers == whole.answers and collected.components.keys() == whole.components.keys()
+    for name, values in whole.components.items():
+        np.testing.assert_array_equal(collected.components[name], values)
+
+
+class Recorder:
+    name = "recorder"
+
+    def __call__(self, batch):
+        self.batch = batch
+        return np.zeros(len(batch), np.float32)
+
+
+def test_reward_sources_see_unpadded_tokens(collector):
+    recorder, prompts = Recorder(), make_prompts()
+    experience = replace(collector, rewards=WeightedRewards([recorder])).collect(prompts, 1, 1, 0, SAMPLING).experience
+    seen = {
+        prompt: (ids.tolist(), answer.tolist(), bool(done), sample)
+        for prompt, ids, answer, done, sample in zip(
+            recorder.batch.prompts,
+            recorder.batch.prompt_ids,
+            recorder.batch.response_ids,
+            recorder.batch.finished,
+            recorder.batch.samples,
+            strict=True,
+        )
+    }
+    for i, item in enumerate(prompts):
+        answer = experience.response_ids[i][experience.response_mask[i]].tolist()
+        expected = (item["input_ids"].tolist(), answer, bool(experience.finished[i]), item["sample"])
+        assert seen[item["prompt"]] == expected
+
+
+def test_no_gradient_is_kept_and_phases_are_timed(collector, critic):
+    collector.collect(make_prompts(), 1, 1, 0, SAMPLING)
+    assert all(parameter.grad is None for parameter in critic.parameters())
+    assert collector.timer.pop().keys() == {"timing_s/rollout", "timing_s/score"}

@@ -1,0 +1,171 @@
+"""A tiny model, a user's own data and reward in files outside the checkout, and the stages' real commands on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.models.reference import make_config, random_weights, write_checkpoint
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SCRIPTS = {
+    "sft": CHECKOUT / "alignment/sft/run_sft.py",
+    "rm": CHECKOUT / "alignment/rm/run_reward.py",
+    "ppo": CHECKOUT / "alignment/ppo/run_ppo.py",
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER_DATA = '''
+from data import RawDataset, RawSample
+
+ANIMALS = ["cat", "dog", "owl", "fox", "hen", "cow", "pig", "ant", "bee", "elk", "emu", "yak"]
+
+
+class Animals(RawDataset):
+    NAME = "animals"
+
+    def __init__(self, path=None):
+        self.data = [(a, b) for a in ANIMALS for b in ANIMALS if a != b]
+
+    def __getitem__(self, index):
+        first, second = self.data[index]
+        return RawSample(
+            input=f"Say {first}" + " please" * (index % 3),
+            answer=first * (1 + index % 2),
+            other_answer=second,
+            better=True,
+        )
+
+    def __len__(self):
+        return len(self.data)
+'''
+USER_REWARD = '''
+def count_vowels(responses):
+    return [sum(letter in "aeiou" for letter in text) / 4 for text in responses]
+
+
+def broken(responses):
+    raise ValueError("no reward today")
+
+
+def not_a_number(responses):
+    return [float("nan")] * len(responses)
+
+
+def too_few(responses):
+    return [0.0] * (len(responses) - 1)
+'''
+SHARED = {
+    "train_datasets": "animals:24",
+    "eval_datasets": "animals:6",
+    "dataset_modules": ["user_data.py"],
+    "max_length": 40,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 1,
+    "weight_decay": 0.01,
+    "max_steps": 3,
+    "per_device_eval_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "seed": 3,
+    "disable_tqdm": True,
+}
+ARGUMENTS = {
+    "sft": SHARED | {"model_name_or_path": "model", "output_dir": "sft", "per_device_train_batch_size": 8},
+    "rm": SHARED
+    | {
+        "model_name_or_path": "model",
+        "output_dir": "rm",
+        "per_device_train_batch_size": 8,
+        "regularization": 0.01,
+        "normalize_score_during_training": True,
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+    },
+    "ppo": SHARED
+    | {
+        "actor_model_name_or_path": "model",
+        "output_dir": "ppo",
+        "reward_function": "user_reward.py:count_vowels",
+        "max_prompt_len": 24,
+        "max_new_tokens": 6,
+        "per_device_prompt_batch_size": 4,
+        "num_return_sequences": 2,
+        "per_device_train_batch_size": 4,
+        "update_iters": 2,
+        "normalize_advantage": True,
+        "normalize_reward": True,
+        "kl_coeff": 0.1,
+        "missing_eos_penalty": 0.5,
+        "entropy_coeff": 0.01,
+        "ptx_coeff": 0.5,
+        "ptx_datasets": "animals:10",
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+    },
+}
+
+
+def write_tokenizer(directory: Path) -> int:
+    """A byte-level BPE tokenizer with a chat template; returns the size of its vocabulary."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        ["Say please user assistant cat dog owl"] * 3,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<pad>", "chat_template": CHAT_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return backend.get_vocab_size()
+
+
+def write_model(directory: Path, family: str = "llama") -> Path:
+    """A random model of two layers that draws its tokens almost evenly."""
+    config = make_config(family, tied=True, vocab_size=write_tokenizer(directory), num_hidden_layers=2)
+    weights = {name: value / 6 if value.ndim > 1 else value for name, value in random_weights(config, 1).items()}
+    return write_checkpoint(directory, config, weights)
+
+
+def write_project(folder: Path) -> Path:
+    """What a user would have: model/, user_data.py, user_reward.py, and one JSON file a stage."""
+    write_model(folder / "model")
+    (folder / "user_data.py").write_text(USER_DATA)
+    (folder / "user_reward.py").write_text(USER_REWARD)
+    for stage, arguments in ARGUMENTS.items():
+        (folder / f"{stage}.json").write_text(json.dumps(arguments))
+    return folder
+
+
+def run(
+    folder: Path, stage: str, *overrides: object, processes: int = 0, script: Path | None = None, **environment: str
+) -> tuple[int, str]:
+    """(exit status, everything shown) of a stage's command in ``folder``; processes > 0: under Paddle's launcher."""
+    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(processes)] if processes else []
+    command = [sys.executable, "-u", *launcher, str(script or SCRIPTS[stage]), f"{stage}.json", *map(str, overrides)]
+    result = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    return result.returncode, result.stdout + result.stderr
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights_of(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The model's tensors in a checkpoint."""
+    return load_file(checkpoint / "model.safetensors")
