@@ -1,0 +1,48 @@
+"""A run that is interrupted and resumed ends where an uninterrupted one ends, to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.stages import read_rows, run, weights_of, write_project
+
+UNLIKE = ("timing_s/", "perf/")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+def train(project, stage, *overrides):
+    status, shown = run(project, stage, *overrides)
+    assert status == 0, shown
+
+
+def rows_of(folder):
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(UNLIKE)} for row in rows]
+
+
+@pytest.mark.parametrize(("stage", "parts"), [("sft", [""]), ("rm", [""]), ("ppo", ["policy", "value"])])
+def test_resume(project, stage, parts):
+    whole, resumed = project / f"{stage}_whole", project / f"{stage}_resumed"
+    steps = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--lr_scheduler_type", "constant")
+    more = ("--kl_controller", "adaptive", "--kl_target", 0.01, "--kl_horizon", 50) if stage == "ppo" else ()
+    train(project, stage, "--output_dir", whole.name, *steps, *more)
+    train(project, stage, "--output_dir", resumed.name, *steps, *more)
+    # As a run looks that was killed after step 3: checkpoint-2 is complete, metrics go on to 3, the last line torn.
+    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:10])
+    for part in parts:
+        (resumed / part / "checkpoint-4" / "trainer_state.json").unlink()
+        (resumed / part / "checkpoint-4" / "model.safetensors").unlink()
+    train(project, stage, "--output_dir", resumed.name, *steps, *more, "--resume_from_checkpoint", "true")
+    assert rows_of(resumed) == rows_of(whole)
+    for part in parts:
+        one, other = (weights_of(folder / part / "checkpoint-4") for folder in (whole, resumed))
+        for name, value in one.items():
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
+    if stage == "ppo":
+        assert read_rows(resumed / "samples.jsonl") == read_rows(whole / "samples.jsonl")
