@@ -1,11 +1,15 @@
+# make quickstart  set up .venv, then train and export a policy: SFT -> reward model -> PPO -> report (no GPU needed)
 # make test        set up .venv and pass the tests
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: setup test
+.PHONY: quickstart setup test
+quickstart: setup
+	$(VENV)/bin/python -m alignment.pipeline
+
 setup: $(VENV)/.ready
 
-# The stamp names what was installed: a changed requirements.txt installs anew, otherwise this costs nothing.
+# The stamp is as old as what was installed: a changed requirements.txt installs anew, otherwise this costs nothing.
 $(VENV)/.ready: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -189,9 +189,9 @@ def collect_on_ranks(collector, ranks, prompts, samples, monkeypatch):
     return collector.collect(prompts, samples, 1, 0, SAMPLING)
 
 
-@pytest.mark.parametrize(("ranks", "lengths", "samples"), [(2, LENGTHS, 2), (3, LENGTHS, 2), (2, LENGTHS[:1], 1)])
+@pytest.mark.parametrize(("ranks", "lengths", "samples"), [(2, LENGTHS, 2), (8, LENGTHS, 2), (2, LENGTHS[:1], 1)])
 def test_the_number_of_ranks_changes_nothing(collector, ranks, lengths, samples, monkeypatch):
-    """Even where a rank has nothing to do; padded ids are the same too."""
+    """Even where a rank has nothing to do, or one answer, shorter than another's; padded ids are the same too."""
     prompts = make_prompts(lengths)
     whole = collector.collect(prompts, samples, 1, 0, SAMPLING)
     collected = collect_on_ranks(collector, ranks, prompts, samples, monkeypatch)

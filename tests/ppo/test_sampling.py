@@ -101,6 +101,10 @@ class TestChooseTokens:
         expected = [next(i for i in range(11) if row[i] > u or i == 10) for row, u in zip(cdf, uniform, strict=True)]
         assert choose(logits, uniform).tolist() == expected
 
+    def test_a_uniform_on_a_border_takes_the_token_above_it(self):
+        uniform = [0.0, 0.25, np.nextafter(0.5, 0), 0.5, 0.75, LAST_UNIFORM]
+        assert choose(np.zeros([6, 4]), uniform).tolist() == [0, 1, 1, 2, 3, 3]
+
     def test_an_even_grid_of_uniforms_gives_each_token_its_share(self):
         logits, count = random_logits(3, rows=1), 5000
         tokens = choose(np.tile(logits, [count, 1]), (np.arange(count) + 0.5) / count)

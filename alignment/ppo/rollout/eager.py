@@ -8,7 +8,7 @@ import paddle
 import paddle.nn.functional as F
 
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
-from alignment.ppo.models.policy import language_model_head, trunk
+from alignment.ppo.models.policy import language_model_head, position_ids_of, trunk
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
 from alignment.ppo.rollout.sampling import choose_tokens, sampling_logits
 
@@ -45,7 +45,7 @@ class EagerRolloutEngine:
         uniform = paddle.to_tensor(np.stack([uniforms(draw, sampling.max_new_tokens) for draw in draws]))
         seen = self._tokens_in(input_ids, attention_mask) if sampling.repetition_penalty != 1.0 else None
         eos = paddle.to_tensor(sampling.eos_token_ids, dtype="int64")
-        position_ids = (attention_mask.astype("int64").cumsum(-1) - 1).clip(min=0)
+        position_ids = position_ids_of(attention_mask)
         cache, finished = None, paddle.zeros([len(prompts)], dtype="bool")
         steps: list[tuple[paddle.Tensor, ...]] = []
         for position in range(sampling.max_new_tokens):
