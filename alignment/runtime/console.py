@@ -30,6 +30,7 @@ HEADLINES = {  # metric: its short name beside the bar
 _PLAIN_LINES = 20  # a run without a terminal prints about so many progress lines
 _PLAIN_WIDTH = 110
 _LONGEST_CELL = 400
+_PROMPT_END = 160  # a prompt's last characters are what the answer answers
 
 
 class Progress:
@@ -89,7 +90,7 @@ def show_samples(title: str, samples: Sequence[Mapping[str, Any]], limit: int = 
         prompt, answer = sample["prompt"].strip(), sample["answer"].strip()
         mark = "" if sample["finished"] else " (cut)"
         table.add_row(
-            Text(prompt if len(prompt) <= _LONGEST_CELL else "..." + prompt[-_LONGEST_CELL:]),
+            Text(prompt if len(prompt) <= _PROMPT_END else "..." + prompt[-_PROMPT_END:]),
             Text(answer if len(answer) <= _LONGEST_CELL else answer[:_LONGEST_CELL] + "..."),
             f"{sample['reward']:.3f}",
             f"{sample['length']}{mark}",

@@ -161,8 +161,9 @@ def test_checkpoints_are_listed_by_step(tmp_path):
     assert list_checkpoints(tmp_path / "missing") == []
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(1, [11]), (2, [9, 11]), *((n, [5, 9, 11]) for n in (3, 4, 9, None, 0, -1))])
-def test_save_total_limit(tmp_path, limit, kept):
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 9, None, 0, -1])
+def test_save_total_limit(tmp_path, limit):
+    kept = {1: [11], 2: [9, 11]}.get(limit, [5, 9, 11])
     make_checkpoints(tmp_path, 9, 5, 11)
     make_checkpoints(tmp_path, "best")
     drop_old_checkpoints(tmp_path, limit)
