@@ -65,8 +65,8 @@ def too_few(responses):
     return [0.0] * (len(responses) - 1)
 '''
 SHARED = {
-    "train_datasets": "animals:24",
-    "eval_datasets": "animals:6",
+    "train_datasets": "animals:24/-1",
+    "eval_datasets": "animals:6/-1",
     "dataset_modules": ["user_data.py"],
     "max_length": 40,
     "learning_rate": 1e-2,
@@ -109,7 +109,7 @@ ARGUMENTS = {
         "missing_eos_penalty": 0.5,
         "entropy_coeff": 0.01,
         "ptx_coeff": 0.5,
-        "ptx_datasets": "animals:10",
+        "ptx_datasets": "animals:10/-1",
         "evaluation_strategy": "steps",
         "eval_steps": 2,
     },

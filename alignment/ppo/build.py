@@ -14,7 +14,7 @@ from alignment.ppo.models.value import load_value
 from alignment.ppo.rewards import FunctionReward, RewardSource, ServerReward, WeightedRewards
 from alignment.ppo.rewards.model import ModelReward
 from alignment.ppo.rollout.protocol import SamplingParameters
-from alignment.ppo.trainer import PARTS, Models, PPOTrainer
+from alignment.ppo.trainer import PARTS, Models, PPOTrainer, critic_checkpoint
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
 from alignment.training.checkpoint import find_checkpoint
@@ -34,7 +34,8 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> PPOTrainer:
 
     Raises: UsageError or data.DataError, naming argument or data set, for anything that cannot work.
     """
-    policy, value = (find_checkpoint(args.output_dir, args.resume_from_checkpoint, part) for part in PARTS)
+    policy = find_checkpoint(args.output_dir, args.resume_from_checkpoint, PARTS[0])
+    value = policy and critic_checkpoint(policy)
     text_rewards = _text_rewards(args)
     tokenizer = load_named(ACTOR, load_tokenizer, model_args.actor_model_name_or_path)
     prompts, eval_prompts = load_data(PromptOnlyDataset, data_args, args, tokenizer, data_args.max_prompt_len)

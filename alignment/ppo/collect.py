@@ -9,7 +9,7 @@ import paddle
 
 from alignment.parallel.data_parallel import gather_objects, rank, world_size
 from alignment.ppo.experience import Experience, merge
-from alignment.ppo.models.policy import position_ids_of, response_log_probs
+from alignment.ppo.models.policy import pack, position_ids_of, response_log_probs, response_targets
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
 from alignment.ppo.rollout.protocol import Draw, Rollout, RolloutEngine, SamplingParameters
 from alignment.runtime.timing import PhaseTimer
@@ -131,14 +131,14 @@ class Collector:
     def _fill_values(self, experience: Experience) -> None:
         self.critic.eval()
         for rows, part in self._batches(experience):
-            ids, mask = as_tensors(part.input_ids, part.attention_mask)
-            width = part.response_ids.shape[1]
-            values = response_values(self.critic, ids, mask, width).numpy()
-            experience.values[rows, :width] = np.where(part.response_mask, values, 0.0)
+            ids, mask, response_mask = as_tensors(part.input_ids, part.attention_mask, part.response_mask)
+            values = response_values(self.critic, ids, mask, response_mask)
+            experience.values[rows, : values.shape[1]] = values.numpy()
 
     def _batches(self, experience: Experience) -> Iterator[tuple[np.ndarray, Experience]]:
-        for start in range(0, len(experience), self.batch_size):
-            rows = np.arange(start, min(start + self.batch_size, len(experience)))
+        order = np.argsort(experience.attention_mask.sum(-1), kind="stable")  # like lengths together: little padding
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
             yield rows, experience.take(rows)
 
 
@@ -148,10 +148,16 @@ def as_tensors(*arrays: np.ndarray) -> tuple[paddle.Tensor, ...]:
 
 
 def response_values(
-    critic: paddle.nn.Layer, input_ids: paddle.Tensor, attention_mask: paddle.Tensor, width: int
+    critic: paddle.nn.Layer, input_ids: paddle.Tensor, attention_mask: paddle.Tensor, response_mask: paddle.Tensor
 ) -> paddle.Tensor:
-    """float32 [B, T]: the value of the state *before* each of the last ``width`` = T tokens."""
-    return critic(input_ids, attention_mask, position_ids_of(attention_mask))[:, -width - 1 : -1]
+    """float32 [B, T]: the value of the state *before* each answer token; arguments as ``response_log_probs``."""
+    targets = response_targets(input_ids, response_mask)
+    input_ids, attention_mask, targets = pack(input_ids, attention_mask, targets)
+    values = critic(input_ids, attention_mask, position_ids_of(attention_mask))[:, :-1]
+    wanted = paddle.nonzero(targets[:, 1:].flatten()).squeeze(-1)
+    return paddle.scatter_nd(
+        paddle.nonzero(response_mask), paddle.gather(values.flatten(), wanted), response_mask.shape
+    )
 
 
 def _join(rows: list[int], items: list[dict], rollout: Rollout, scores: np.ndarray) -> Experience:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -63,7 +64,7 @@ class Learner:
                 self.critic.discard()
                 break
             if self.ptx_set is not None:
-                step_sums["ptx"] = self._learn_texts(self._count_steps(len(experience)) * (iteration - 1) + number)
+                step_sums["ptx"] = self._learn_texts(steps_per_iteration(self.args) * (iteration - 1) + number)
             sums.update(step_sums | self._step())
         return _describe(sums) | {"rollout/probs_diff_max": difference, **self._rates()}
 
@@ -72,9 +73,6 @@ class Learner:
         for epoch in range(self.args.update_iters):
             order = np.random.default_rng([self.args.seed, iteration, epoch]).permutation(count)
             yield from (order[start : start + self.minibatch_size] for start in range(0, count, self.minibatch_size))
-
-    def _count_steps(self, count: int) -> int:
-        return self.args.update_iters * -(-count // self.minibatch_size)
 
     def _accumulate(self, experience: Experience, targets: Targets, rows: np.ndarray) -> tuple[Sums, float]:
         """Gradients of one minibatch; returns sums over all ranks and the largest |log ratio| on any."""
@@ -113,7 +111,7 @@ class Learner:
     def _learn_value(self, part: Experience, targets: Targets, tokens: float) -> dict[str, float]:
         ids, attention_mask, mask = as_tensors(part.input_ids, part.attention_mask, part.response_mask)
         old, returns = as_tensors(part.values, targets.returns)
-        values = response_values(self.critic.model, ids, attention_mask, mask.shape[1])
+        values = response_values(self.critic.model, ids, attention_mask, mask)
         loss, stats = losses.value_loss(values, old, returns, mask, self.args.clip_range_value, tokens)
         self.critic.backward(loss)
         return {"value": float(loss), "value_clipped": float(stats.clipped)}
@@ -135,6 +133,13 @@ class Learner:
 
     def _rates(self) -> dict[str, float]:
         return {"lr": self.actor.learning_rate, "critic/lr": self.critic.learning_rate}
+
+
+def steps_per_iteration(args: Any) -> int:
+    """Optimizer steps on a full batch of prompts; a smaller one, and target_kl, may make it fewer."""
+    answers = args.per_device_prompt_batch_size * args.num_return_sequences
+    minibatch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return args.update_iters * math.ceil(answers / minibatch)
 
 
 def policy_loss(

@@ -18,7 +18,7 @@ from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
 from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
 from alignment.ppo.experience import Experience
-from alignment.ppo.learner import Learner
+from alignment.ppo.learner import Learner, steps_per_iteration
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.rewards import WeightedRewards
 from alignment.ppo.rollout.eager import EagerRolloutEngine
@@ -83,8 +83,7 @@ class PPOTrainer:
             if args.total_episodes
             else total_steps(args, self.schedule.steps_per_epoch)
         )
-        minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
-        optimizer_steps = self.total_steps * args.update_iters * math.ceil(answers / minibatch_size)
+        optimizer_steps = self.total_steps * steps_per_iteration(args)
         actor, critic = (
             TrainingEngine(model, OptimizerSettings.from_arguments(args, prefix), optimizer_steps, name)
             for model, prefix, name in ((models.actor, "", "actor"), (models.critic, "critic_", "critic"))
@@ -207,6 +206,7 @@ class PPOTrainer:
                 save_model(model, self.models.tokenizer, directory)
 
             save_checkpoint(self.output_dir / part, iteration, save_weights, engine, state)
+        for part in PARTS:
             drop_old_checkpoints(self.output_dir / part, self.args.save_total_limit)
 
     def _evaluate(self, iteration: int, writer: MetricsWriter) -> None:
@@ -224,8 +224,7 @@ class PPOTrainer:
         """The iteration to go on after; 0 for a fresh run."""
         if self.checkpoint is None:
             return 0
-        other = self.checkpoint.parent.parent / "value" / self.checkpoint.name
-        load_training_state(other, self.learner.critic)
+        load_training_state(critic_checkpoint(self.checkpoint), self.learner.critic)
         state = load_training_state(self.checkpoint, self.learner.actor)
         self.episodes = state["episodes"]
         self.controller.load_state_dict(state["kl_controller"])
@@ -235,7 +234,12 @@ class PPOTrainer:
         return state["step"]
 
     def _is_float32(self) -> bool:
-        return not (self.args.bf16 or self.args.fp16)
+        return not self.args.bf16
+
+
+def critic_checkpoint(policy: Path) -> Path:
+    """The value model's checkpoint of the same iteration as ``policy``, output_dir/policy/checkpoint-N."""
+    return policy.parent.parent / PARTS[1] / policy.name
 
 
 def check_reference(experience: Experience, tolerance: float) -> None:

@@ -14,6 +14,7 @@ from alignment.ppo.losses import masked_moments
 from alignment.ppo.models.value import end_scores
 from alignment.rm.losses import align_token_scores, score_regularization, sequence_ranking_loss, token_ranking_loss
 from alignment.rm.metrics import preference_metrics
+from alignment.runtime.faults import UsageError
 from alignment.training.trainer import Arrays, StageTrainer
 
 
@@ -74,5 +75,8 @@ class RewardTrainer(StageTrainer):
         return {} if self.normalizer is None else {"normalizer": self.normalizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        if (self.normalizer is None) != ("normalizer" not in state):
+            had = "with" if "normalizer" in state else "without"
+            raise UsageError(f'"normalize_score_during_training": the run to resume was trained {had} a normaliser')
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])

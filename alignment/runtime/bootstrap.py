@@ -8,15 +8,17 @@ while MKL_NUM_THREADS is read by the matrix products that matter.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import glob
 import logging
 import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 _THREADS_MARK = "ALIGNMENT_AUTO_THREADS"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names in malloc.h
 _NOISY_PACKAGES = ("paddle", "paddlenlp", "_distutils_hack", "setuptools", "visualdl", "google", "jieba", "datasets")
 _NOISY_LOGGERS = re.compile(
     r"(paddle|PaddleNLP|utils\.cpp_extension|Dynamic-to-Static|auto_parallel|hapi|ELASTIC|FLEET|ps_usr_print_log"
@@ -99,13 +101,21 @@ def configure_paddle(device: str = "auto", debug: bool = False) -> str:
         paddle.base.core.set_num_threads(int(os.environ.get("MKL_NUM_THREADS") or thread_count()))
         # Transposed views are copied element by element when a CPU kernel reads them; transposing at once is faster.
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
+        _keep_freed_memory()
         name = "cpu"
     if not (debug or is_debug()):
         quiet_third_parties()
     return name
 
 
-@contextmanager
+def _keep_freed_memory() -> None:
+    """Has glibc keep up to 1 GiB of freed memory: Paddle allocates every result anew, and fresh pages cost a fifth."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
+        for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(setting, 1 << 30)
+
+
+@contextlib.contextmanager
 def tensor_views() -> Iterator[None]:
     """Allows Tensor.view, which needs the kernels that `configure_paddle` turns off on a CPU."""
     import paddle

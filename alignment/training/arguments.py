@@ -90,6 +90,10 @@ class StageArguments(TrainingArguments):
         "fp16_opt_level": {"choices": ("O1", "O2"), "help": "16-bit training: O2 also keeps the weights in 16 bits."},
         "recompute": {"help": "Compute activations again in the backward pass to save memory."},
         "eval_steps": {"ge": 1},
+        "resume_from_checkpoint": {
+            "help": 'Go on from this checkpoint-N directory (ppo: policy/checkpoint-N), or from the newest of '
+            'output_dir if "true".'
+        },
         "save_steps": {"ge": 1},
         "save_total_limit": {"ge": 1},
         "output_dir": {"help": "Directory for checkpoints, metrics.jsonl, samples.jsonl and run.json."},
@@ -138,9 +142,8 @@ class StageArguments(TrainingArguments):
     def __post_init__(self) -> None:
         log_level, report_to = self.log_level, list(self.report_to)
         device = configure_paddle(self.device, debug=log_level == "debug")
-        if device == "cpu" and (self.bf16 or self.fp16):
-            name = "bf16" if self.bf16 else "fp16"
-            raise UsageError(f'"{name}": true needs a GPU: Paddle has no 16-bit kernels for the CPU; set it to false')
+        if device == "cpu" and self.bf16:
+            raise UsageError('"bf16": true needs a GPU: Paddle has no 16-bit kernels for the CPU; set it to false')
         self.device = device.split(":")[0]
         # PaddleNLP joins the launcher's processes here, and Paddle writes a banner of flags to stderr while it does
         quiet = contextlib.nullcontext() if log_level == "debug" else contextlib.redirect_stderr(io.StringIO())

@@ -52,7 +52,9 @@ def save_checkpoint(
     def write(directory: Path) -> None:
         save_weights(directory)
         tensors, schedule = engine.state_dict()
-        save_file(tensors, str(directory / "optimizer.safetensors"))
+        path = directory / "optimizer.safetensors"
+        save_file(tensors, str(path))
+        path.chmod(0o644)  # safetensors creates 0600
         text = json.dumps({"step": step, "schedule": schedule, **state}, indent=2)
         (directory / "trainer_state.json").write_text(text + "\n")
 
@@ -75,14 +77,16 @@ def load_training_state(checkpoint: Path, engine: TrainingEngine) -> dict:
     return state
 
 
+def step_of(checkpoint: Path) -> int:
+    """N of a directory checkpoint-N."""
+    return int(CHECKPOINT.fullmatch(checkpoint.name).group(1))
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of ``output_dir``, oldest first."""
-    found = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        name = CHECKPOINT.fullmatch(path.name)  # a person may have put a "checkpoint-best" beside ours
-        if name and (path / "trainer_state.json").is_file():
-            found[int(name.group(1))] = path
-    return [found[step] for step in sorted(found)]
+    found = Path(output_dir).glob("checkpoint-*")  # a person may have put a "checkpoint-best" beside ours
+    ours = (path for path in found if CHECKPOINT.fullmatch(path.name) and (path / "trainer_state.json").is_file())
+    return sorted(ours, key=step_of)
 
 
 def drop_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:

@@ -14,36 +14,48 @@ import paddle
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import METRICS_FILE, is_main_process
-from alignment.training.checkpoint import find_checkpoint, list_checkpoints
+from alignment.training.checkpoint import find_checkpoint, list_checkpoints, step_of
 from data import load_dataset_modules
 
 SAMPLES_FILE = "samples.jsonl"
 
 
-def prepare_output(args: Any, parts: tuple[str, ...] = ("",)) -> None:
-    """Make sure that this run neither mixes with an earlier one in output_dir nor destroys it unasked.
+def check_output(args: Any, parts: tuple[str, ...] = ("",)) -> None:
+    """Refuse to mix with an earlier run in output_dir, or to destroy it unasked.
 
     Args: parts: sub-directories of output_dir that hold checkpoints ("policy", "value"), or "" for itself.
-    Raises: UsageError if output_dir holds a run that this one neither resumes nor may overwrite, or cannot be written.
+    Raises: UsageError if output_dir holds what this run neither continues nor may overwrite, or cannot be written.
     """
-    output_dir = Path(args.output_dir)
-    if not is_main_process() or find_checkpoint(output_dir, args.resume_from_checkpoint, parts[0]) is not None:
-        return
-    files = [path for path in (output_dir / METRICS_FILE, output_dir / SAMPLES_FILE) if path.exists()]
-    checkpoints = [path for part in parts for path in list_checkpoints(output_dir / part)]
-    if (files or checkpoints) and not args.overwrite_output_dir:
-        raise UsageError(
-            f'"output_dir": {output_dir} holds an earlier run; name another, or set "resume_from_checkpoint": "true" '
-            'to go on with it or "overwrite_output_dir": true to start over'
-        )
-    for path in files:
-        path.unlink()
-    for path in checkpoints:
-        shutil.rmtree(path)
+    earlier = _superseded(args, parts)
+    if earlier and not args.overwrite_output_dir:
+        if find_checkpoint(args.output_dir, args.resume_from_checkpoint, parts[0]) is None:
+            problem = 'holds an earlier run; name another, or set "resume_from_checkpoint": "true" to go on with it'
+        else:
+            problem = f"holds later checkpoints than the one to resume from ({earlier[0].name}); name another"
+        raise UsageError(f'"output_dir": {args.output_dir} {problem} or "overwrite_output_dir": true to replace it')
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise UsageError(f'"output_dir": {output_dir} cannot be created: {fault.strerror}') from None
+        raise UsageError(f'"output_dir": {args.output_dir} cannot be created: {fault.strerror}') from None
+
+
+def clear_output(args: Any, parts: tuple[str, ...] = ("",)) -> None:
+    """Remove what ``check_output`` found in the way, now that the new run can start."""
+    for path in _superseded(args, parts):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _superseded(args: Any, parts: tuple[str, ...]) -> list[Path]:
+    """Files of an earlier run; of one that is resumed, only its checkpoints after the one to go on from. Rank 0's."""
+    if not is_main_process():
+        return []
+    output_dir = Path(args.output_dir)
+    start = find_checkpoint(output_dir, args.resume_from_checkpoint, parts[0])
+    checkpoints = [path for part in parts for path in list_checkpoints(output_dir / part)]
+    if start is not None and start.resolve().is_relative_to(output_dir.resolve()):
+        return [path for path in checkpoints if step_of(path) > step_of(start)]
+    files = [path for path in (output_dir / METRICS_FILE, output_dir / SAMPLES_FILE) if path.exists()]
+    return files + checkpoints
 
 
 def weight_dtype(args: Any) -> str:

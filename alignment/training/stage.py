@@ -10,7 +10,7 @@ import paddle
 from alignment.parallel.data_parallel import close_processes
 from alignment.runtime.console import show_summary
 from alignment.runtime.run_record import write_run_record
-from alignment.training.setup import mixed_precision, prepare_output
+from alignment.training.setup import check_output, clear_output, mixed_precision
 
 
 def run_stage(
@@ -22,12 +22,13 @@ def run_stage(
         stage: "sft", "rm" or "ppo".
         arguments: what alignment.runtime.arguments.parse gave; the last are the TrainingArguments.
         build: makes the trainer of them; everything that can be wrong with the input shows here.
-        parts: see alignment.training.setup.prepare_output.
+        parts: see alignment.training.setup.check_output.
     """
     args = arguments[-1]
-    prepare_output(args, parts)
+    check_output(args, parts)
     paddle.seed(args.seed)
     trainer = build(*arguments)
+    clear_output(args, parts)
     write_run_record(args.output_dir, stage, arguments)
     with mixed_precision(args):
         result = trainer.train()

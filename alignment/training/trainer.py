@@ -123,7 +123,7 @@ class StageTrainer(ABC):
         return metrics | {
             "epoch": step / self.schedule.steps_per_epoch,
             "perf/iteration_s": seconds,
-            "perf/tokens_per_s": sum(map(self.length, items)) / seconds,
+            "perf/tokens_per_s": sum(_count_tokens(item) for item in items) / seconds,
             "perf/max_memory_gb": peak_memory_gb(),
         }
 
@@ -161,6 +161,10 @@ class StageTrainer(ABC):
         state = load_training_state(self.checkpoint, self.engine)
         self.load_state_dict(state)
         return state["step"]
+
+
+def _count_tokens(item: dict) -> int:
+    return sum(len(ids) for name, ids in item.items() if name.endswith("input_ids"))
 
 
 def _over_ranks(loss: float, parts: list[Arrays]) -> tuple[float, Arrays]:

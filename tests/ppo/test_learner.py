@@ -38,6 +38,8 @@ SETTINGS = {
     "temperature": 1.0,
     "seed": 5,
     "data_seed": 5,
+    "per_device_prompt_batch_size": 6,
+    "num_return_sequences": 1,
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 1,
 }
@@ -61,7 +63,7 @@ def setting(tmp_path):
     ids, attention_mask, mask = as_tensors(experience.input_ids, experience.attention_mask, experience.response_mask)
     with paddle.no_grad():
         log_probs, entropy = response_log_probs(actor, ids, attention_mask, mask)
-        values = response_values(critic, ids, attention_mask, mask.shape[1])
+        values = response_values(critic, ids, attention_mask, mask)
     experience = replace(experience, log_probs=log_probs.numpy(), entropy=entropy.numpy(), values=values.numpy())
     random = np.random.default_rng(3)
     advantages, returns = (random.normal(0, 1, mask.shape).astype(np.float32) for _ in range(2))

@@ -132,7 +132,7 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
         (["--evaluation_strategy=epoch"], '"evaluation_strategy": "epoch" needs held-out data'),
         (["--evaluation_strategy=steps", "--eval_datasets=y"], '"evaluation_strategy": "steps" needs "eval_steps"'),
         (["--eval_datasets=y", "--eval_split_ratio=0.1"], '"eval_split_ratio": give it or "eval_datasets"'),
-        (["--fp16", "--bf16"], '"fp16" and "bf16": at most one may be true'),
+        (["--fp16"], '"fp16": True is not available yet; what works today is false'),
         (["--use_fusemt=true"], '"use_fusemt": True is not available yet; what works today is false'),
         (["--eval_mode=single"], "\"eval_mode\": 'single' is not available yet"),
         (["--offload_level=freeze_model"], "\"offload_level\": 'freeze_model' is not available yet"),
@@ -163,11 +163,10 @@ def test_parsing_on_one_cpu_process(monkeypatch):
     assert (training.report_to, training.data_seed, data.max_prompt_len) == (["visualdl", "tensorboard"], 5, 2048)
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_16_bits_need_a_gpu(name, monkeypatch):
+def test_16_bits_need_a_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(UsageError, match=f'^"{name}": true needs a GPU'):
-        parse([*PPO, f"--{name}"], GROUPS["ppo"])
+    with pytest.raises(UsageError, match='^"bf16": true needs a GPU'):
+        parse([*PPO, "--bf16"], GROUPS["ppo"])
 
 
 def test_help_shows_our_groups_first_and_idle_names_last():

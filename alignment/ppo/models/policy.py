@@ -32,6 +32,20 @@ def hidden_states(model: paddle.nn.Layer, input_ids: paddle.Tensor, attention_ma
     )[0]
 
 
+def pack(
+    input_ids: paddle.Tensor, attention_mask: paddle.Tensor, target_mask: paddle.Tensor
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    """Rows with their real tokens side by side from the left, [B, longest row]; padding inside a row would cost time.
+
+    Args: int64 [B, L], bool [B, L], bool [B, L]. The order of the tokens, and so of the targets, stays.
+    """
+    width = int(attention_mask.astype("int64").sum(-1).max())
+    order = paddle.argsort(attention_mask.astype("int64"), axis=1, descending=True, stable=True)[:, :width]
+    columns = (input_ids, attention_mask.astype("int64"), target_mask.astype("int64"))
+    ids, mask, targets = (paddle.take_along_axis(column, order, axis=1) for column in columns)
+    return ids, mask.astype("bool"), targets.astype("bool")
+
+
 def target_logits(
     model: paddle.nn.Layer, input_ids: paddle.Tensor, attention_mask: paddle.Tensor, target_mask: paddle.Tensor
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -42,6 +56,7 @@ def target_logits(
         target_mask: bool [B, L], True at the n tokens to predict; column 0, which nothing precedes, is left out.
     Returns: logits [n, V] that predict them and the tokens int64 [n], in row-major order of ``target_mask``.
     """
+    input_ids, attention_mask, target_mask = pack(input_ids, attention_mask, target_mask)
     hidden = hidden_states(model, input_ids, attention_mask)[:, :-1]
     wanted = paddle.nonzero(target_mask[:, 1:].flatten()).squeeze(-1)
     hidden = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), wanted)
@@ -69,6 +84,13 @@ def target_log_probs(
     return log_probs_from_logits(logits, targets, temperature), entropy
 
 
+def response_targets(input_ids: paddle.Tensor, response_mask: paddle.Tensor) -> paddle.Tensor:
+    """bool [B, P + T] that marks the answer tokens among input_ids [B, P + T]; response_mask bool [B, T]."""
+    batch, length = input_ids.shape
+    before = paddle.zeros([batch, length - response_mask.shape[1]], dtype="bool")
+    return paddle.concat([before, response_mask], axis=1)
+
+
 def response_log_probs(
     model: paddle.nn.Layer,
     input_ids: paddle.Tensor,
@@ -85,10 +107,8 @@ def response_log_probs(
         temperature, train_entropy: as in ``target_log_probs``.
     Returns: log_probs and entropy, both float32 [B, T], 0 outside ``response_mask``.
     """
-    batch, length = input_ids.shape
-    width = response_mask.shape[1]
-    target_mask = paddle.concat([paddle.zeros([batch, length - width], dtype="bool"), response_mask], axis=1)
+    target_mask = response_targets(input_ids, response_mask)
     chosen, entropy = target_log_probs(model, input_ids, attention_mask, target_mask, temperature, train_entropy)
     where = paddle.nonzero(response_mask)
-    shape = [batch, width]
+    shape = response_mask.shape
     return paddle.scatter_nd(where, chosen, shape), paddle.scatter_nd(where, entropy, shape)
