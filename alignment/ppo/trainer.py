@@ -23,14 +23,15 @@ from alignment.ppo.models.saving import save_model
 from alignment.ppo.rewards import WeightedRewards
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.protocol import SamplingParameters
-from alignment.runtime.console import progress, show_samples
+from alignment.runtime.console import show_samples
 from alignment.runtime.faults import RunError
-from alignment.runtime.metrics import MetricsWriter, is_main_process, keep_steps
+from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import PhaseTimer, peak_memory_gb
 from alignment.training.batches import BatchSchedule
 from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
 from alignment.training.engine import OptimizerSettings, TrainingEngine
-from alignment.training.setup import SAMPLES_FILE, is_due, total_steps
+from alignment.training.loop import run_loop
+from alignment.training.setup import SAMPLES_FILE, total_steps
 
 EVALUATION = 0  # iteration number that draws the answers of every evaluation: differences are the policy's, not luck's
 PARTS = ("policy", "value")
@@ -107,29 +108,20 @@ class PPOTrainer:
             timer=self.timer,
         )
         self.episodes = 0
-        self.last_evaluation: dict[str, float] = {}
 
     def train(self) -> dict[str, float]:
         """Run all iterations, evaluate and save on the way. Returns the last evaluation's metrics."""
-        start, args = self._resume(), self.args
+        start = self._resume()
         self.models.rewards.check()
-        with MetricsWriter(args, self.output_dir, resume_from=start) as writer, progress(
-            self.total_steps, start, args
-        ) as bar:
-            if start == 0:
-                self._evaluate(0, writer)
-            for iteration in range(start + 1, self.total_steps + 1):
-                metrics = self.iterate(iteration)
-                last = iteration == self.total_steps
-                if last or iteration % args.logging_steps == 0:
-                    writer.write(iteration, metrics)
-                bar.advance(metrics)
-                epoch = self.schedule.steps_per_epoch
-                if last or is_due(args.evaluation_strategy, args.eval_steps, iteration, epoch):
-                    self._evaluate(iteration, writer)
-                if last or is_due(args.save_strategy, args.save_steps, iteration, epoch):
-                    self.save(iteration)
-        return self.last_evaluation
+        return run_loop(
+            self.args,
+            start,
+            self.total_steps,
+            self.schedule.steps_per_epoch,
+            step=self.iterate,
+            evaluate=self._evaluate,
+            save=self.save,
+        )
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration (counted from 1) of the algorithm; returns its metrics."""
@@ -209,16 +201,17 @@ class PPOTrainer:
         for part in PARTS:
             drop_old_checkpoints(self.output_dir / part, self.args.save_total_limit)
 
-    def _evaluate(self, iteration: int, writer: MetricsWriter) -> None:
+    def _evaluate(self, iteration: int) -> dict[str, float]:
+        """Evaluate, append to samples.jsonl and show some answers."""
         if self.eval_prompts is None:
-            return
-        self.last_evaluation, rows = self.evaluate()
-        writer.write(iteration, self.last_evaluation)
+            return {}
+        metrics, rows = self.evaluate()
         if is_main_process():
             lines = [json.dumps({"step": iteration, **row}, ensure_ascii=False) + "\n" for row in rows]
             with (self.output_dir / SAMPLES_FILE).open("a", encoding="utf-8") as file:
                 file.writelines(lines)
         show_samples(f"held-out answers after iteration {iteration}", rows)
+        return metrics
 
     def _resume(self) -> int:
         """The iteration to go on after; 0 for a fresh run."""

@@ -13,13 +13,12 @@ import paddle
 
 from alignment.parallel.data_parallel import gather_objects, world_size
 from alignment.ppo.models.saving import save_model
-from alignment.runtime.console import progress
-from alignment.runtime.metrics import MetricsWriter
 from alignment.runtime.timing import peak_memory_gb
 from alignment.training.batches import BatchSchedule, own_micro_batches
 from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
 from alignment.training.engine import OptimizerSettings, TrainingEngine
-from alignment.training.setup import check_positions, is_due, total_steps
+from alignment.training.loop import run_loop
+from alignment.training.setup import check_positions, total_steps
 
 Arrays = dict[str, np.ndarray]
 
@@ -53,7 +52,6 @@ class StageTrainer(ABC):
         self.total_steps = total_steps(args, self.schedule.steps_per_epoch)
         self.engine = TrainingEngine(model, OptimizerSettings.from_arguments(args), self.total_steps, "model")
         self.output_dir = Path(args.output_dir)
-        self.last_evaluation: dict[str, float] = {}
 
     # ---- what a subclass provides -----------------------------------------------------------------------------------
 
@@ -87,23 +85,15 @@ class StageTrainer(ABC):
 
     def train(self) -> dict[str, float]:
         """Run all steps, evaluate and save on the way. Returns the last evaluation's metrics."""
-        start, args = self._resume(), self.args
-        with MetricsWriter(args, self.output_dir, resume_from=start) as writer, progress(
-            self.total_steps, start, args
-        ) as bar:
-            if start == 0:
-                self._evaluate(0, writer)
-            for step in range(start + 1, self.total_steps + 1):
-                metrics = self.training_step(step)
-                last = step == self.total_steps
-                if last or step % args.logging_steps == 0:
-                    writer.write(step, metrics)
-                bar.advance(metrics)
-                if last or is_due(args.evaluation_strategy, args.eval_steps, step, self.schedule.steps_per_epoch):
-                    self._evaluate(step, writer)
-                if last or is_due(args.save_strategy, args.save_steps, step, self.schedule.steps_per_epoch):
-                    self.save(step)
-        return self.last_evaluation
+        return run_loop(
+            self.args,
+            self._resume(),
+            self.total_steps,
+            self.schedule.steps_per_epoch,
+            step=self.training_step,
+            evaluate=self._evaluate,
+            save=self.save,
+        )
 
     def training_step(self, step: int) -> dict[str, float]:
         """One optimizer step on global batch number ``step``, counted from 1."""
@@ -149,10 +139,8 @@ class StageTrainer(ABC):
         drop_old_checkpoints(self.output_dir, self.args.save_total_limit)
         return path
 
-    def _evaluate(self, step: int, writer: MetricsWriter) -> None:
-        if self.eval_set is not None:
-            self.last_evaluation = {f"eval/{name}": value for name, value in self.evaluate().items()}
-            writer.write(step, self.last_evaluation)
+    def _evaluate(self, step: int) -> dict[str, float]:
+        return {} if self.eval_set is None else {f"eval/{name}": value for name, value in self.evaluate().items()}
 
     def _resume(self) -> int:
         """The step to go on after; 0 for a fresh run."""
