@@ -70,6 +70,7 @@ SHARED = {
     "dataset_modules": ["user_data.py"],
     "max_length": 40,
     "learning_rate": 1e-2,
+    "adam_epsilon": 1e-4,  # Adam divides by the gradient's size: without this, one of pure rounding moves a weight
     "lr_scheduler_type": "linear",
     "warmup_steps": 1,
     "weight_decay": 0.01,
