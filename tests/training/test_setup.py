@@ -1,0 +1,106 @@
+"""Output directories that are in use, and when evaluations and checkpoints are due."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from paddlenlp.trainer.trainer_utils import IntervalStrategy
+
+from alignment.runtime.faults import UsageError
+from alignment.training.setup import check_output, clear_output, is_due, total_steps
+
+
+@pytest.fixture
+def used(tmp_path):
+    """An output directory with metrics, samples and checkpoints 2 and 4 of both parts."""
+    for part in ("policy", "value"):
+        for step in (2, 4):
+            (tmp_path / part / f"checkpoint-{step}").mkdir(parents=True)
+            (tmp_path / part / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    for name in ("metrics.jsonl", "samples.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("")
+    return tmp_path
+
+
+def arguments(output_dir, resume=None, overwrite=False):
+    return SimpleNamespace(
+        output_dir=str(output_dir), resume_from_checkpoint=resume, overwrite_output_dir=overwrite
+    )
+
+
+def contents(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+PARTS = ("policy", "value")
+
+
+def test_a_new_directory_is_made(tmp_path):
+    check_output(arguments(tmp_path / "a" / "b"), PARTS)
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_an_earlier_run_is_refused_and_stays(used):
+    before = contents(used)
+    with pytest.raises(UsageError, match="holds an earlier run.*overwrite_output_dir"):
+        check_output(arguments(used), PARTS)
+    assert contents(used) == before
+
+
+def test_overwriting_removes_the_run_and_nothing_else(used):
+    args = arguments(used, overwrite=True)
+    before = contents(used)
+    check_output(args, PARTS)
+    assert contents(used) == before  # data and models are not checked yet
+    clear_output(args, PARTS)
+    assert contents(used) == ["notes.txt"]
+
+
+def test_resuming_keeps_everything(used):
+    before = contents(used)
+    args = arguments(used, resume="true")
+    check_output(args, PARTS)
+    clear_output(args, PARTS)
+    assert contents(used) == before
+
+
+def test_resuming_from_an_older_checkpoint_drops_later_ones_only_if_asked(used):
+    older = str(used / "policy" / "checkpoint-2")
+    with pytest.raises(UsageError, match="later checkpoints.*checkpoint-4"):
+        check_output(arguments(used, resume=older), PARTS)
+    args = arguments(used, resume=older, overwrite=True)
+    check_output(args, PARTS)
+    clear_output(args, PARTS)
+    assert [line for line in contents(used) if "checkpoint" in line] == [
+        "policy/checkpoint-2/trainer_state.json",
+        "value/checkpoint-2/trainer_state.json",
+    ]
+    assert (used / "metrics.jsonl").exists()
+
+
+def test_resuming_into_another_directory_that_is_in_use(used, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("other")
+    (elsewhere / "metrics.jsonl").write_text("")
+    args = arguments(elsewhere, resume=str(used / "policy" / "checkpoint-2"))
+    with pytest.raises(UsageError, match=str(elsewhere)):
+        check_output(args, PARTS)
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match='"output_dir".*cannot be created'):
+        check_output(arguments(tmp_path / "file" / "out"), PARTS)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "every", "due"),
+    [("no", 1, []), ("steps", 2, [2, 4, 6]), ("epoch", None, [3, 6]), (IntervalStrategy.STEPS, 3, [3, 6])],
+)
+def test_is_due(strategy, every, due):
+    assert [step for step in range(1, 7) if is_due(strategy, every, step, steps_per_epoch=3)] == due
+
+
+def test_total_steps():
+    assert total_steps(SimpleNamespace(max_steps=7, num_train_epochs=2), 5) == 7
+    assert total_steps(SimpleNamespace(max_steps=-1, num_train_epochs=1.5), 5) == 8
