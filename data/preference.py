@@ -18,6 +18,7 @@ class PairDataset(TokenizedDataset):
     NAMES: tuple[str, str]
 
     def encode(self, sample: RawSample, where: str) -> dict[str, Any] | None:
+        """Both answers behind one prompt; see TokenizedDataset.encode."""
         self.require(sample, where, *self.NEEDS)
         for name in self.NEEDS[3:]:
             if not isinstance(sample[name], bool | np.bool_):

@@ -18,7 +18,7 @@ from alignment.ppo.trainer import PARTS, Models, PPOTrainer, critic_checkpoint
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
 from alignment.training.checkpoint import find_checkpoint
-from alignment.training.setup import check_positions, load_data, load_named, weight_dtype
+from alignment.training.setup import check_positions, load_data, load_dataset, load_named, weight_dtype
 from data import PromptOnlyDataset, SupervisedDataset
 from data.templates import get_template
 
@@ -64,14 +64,7 @@ def _text_rewards(args: Any) -> list[RewardSource]:
 
 
 def _load_texts(data_args: Any, args: Any, tokenizer: Tokenizer) -> SupervisedDataset:
-    texts = SupervisedDataset(
-        data_args.ptx_datasets,
-        tokenizer,
-        max_length=data_args.max_length,
-        template=data_args.prompt_template,
-        truncation=data_args.truncation,
-        seed=args.data_seed,
-    )
+    texts = load_dataset(SupervisedDataset, data_args.ptx_datasets, data_args, args, tokenizer)
     say(f"ptx: {texts.report.summary()}")
     return texts
 

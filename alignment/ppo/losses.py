@@ -16,7 +16,6 @@ Sums in the stats tuples are float64 scalars without gradient: add them over mic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -77,12 +76,6 @@ def _divide(total: Tensor, denominator: float | Tensor) -> Tensor:
 
 def _sum_stat(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x.detach().astype("float64"), mask)
-
-
-def add_stats(stats: Iterable[NamedTuple]) -> NamedTuple:
-    """Field-by-field sum of stats tuples of one type, for instance over micro-batches."""
-    stats = list(stats)
-    return type(stats[0])(*(sum(field) for field in zip(*stats, strict=True)))
 
 
 # ---- moments and whitening ------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
 
     def do_POST(self) -> None:
+        """Score the batch in the request; the reply is {"rewards": [...]} or {"error": "..."} with its status."""
         try:
             status, reply = 200, {"rewards": self._score(self._read_batch()).tolist()}
         except _Refused as refused:
@@ -136,6 +137,7 @@ def _column(request: dict[str, Any], name: str, kind: type, default: list | None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve the reward function that the command line names, until interrupted."""
     parser = argparse.ArgumentParser(prog="alignment.ppo.reward_server", description=__doc__.splitlines()[0])
     parser.add_argument("--reward_function", required=True, help="module:name or path/to/file.py:name")
     parser.add_argument("--host", default="127.0.0.1", help="interface to listen on (default: %(default)s)")

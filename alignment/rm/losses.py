@@ -111,6 +111,7 @@ class ExponentialMovingAverage(RunningMoments):
         self.momentum = momentum
 
     def update(self, moments: Tensor) -> None:
+        """moments: float64 [3], losses.masked_moments of the batch, added over all ranks. No values: no change."""
         count = float(moments[0])
         if count == 0:
             return

@@ -38,6 +38,7 @@ class RewardTrainer(StageTrainer):
         return sum(1 for _ in items)
 
     def compute_loss(self, batch: Arrays, denominator: float) -> tuple[paddle.Tensor, Arrays]:
+        """batch: P pairs, collated; rows: better and worse float32 [P], normalised, and raw float32 [2P]."""
         names = ("better_input_ids", "worse_input_ids", "better_attention_mask", "worse_attention_mask")
         better_ids, worse_ids, better_mask, worse_mask = (paddle.to_tensor(batch[name]) for name in names)
         ids, mask = paddle.concat([better_ids, worse_ids]), paddle.concat([better_mask, worse_mask])

@@ -83,29 +83,33 @@ def check_positions(key: str, model: paddle.nn.Layer, tokens: int) -> None:
         raise UsageError(f'"{key}": sequences of {tokens} tokens are more than the model\'s {limit} positions')
 
 
-def load_data(
-    kind: type, data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
-) -> tuple[Any, Any]:
-    """Training and held-out data sets of one kind (data.SupervisedDataset, ...); held-out None where none is asked.
+def load_dataset(
+    kind: type, datasets: Any, data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
+) -> Any:
+    """A tokenised data set of ``kind`` (data.SupervisedDataset, ...) over ``datasets``, by the stage's arguments.
 
     Args: max_length: tokens; default: the argument of that name.
     """
+    return kind(
+        datasets,
+        tokenizer,
+        max_length=max_length or data_args.max_length,
+        template=data_args.prompt_template,
+        truncation=data_args.truncation,
+        seed=args.data_seed,
+    )
+
+
+def load_data(
+    kind: type, data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
+) -> tuple[Any, Any]:
+    """Training and held-out data sets, each as ``load_dataset`` gives it; held-out None where none is asked."""
     load_dataset_modules(data_args.dataset_modules)
-
-    def load(datasets: Any) -> Any:
-        return kind(
-            datasets,
-            tokenizer,
-            max_length=max_length or data_args.max_length,
-            template=data_args.prompt_template,
-            truncation=data_args.truncation,
-            seed=args.data_seed,
-        )
-
-    train_set, eval_set = load(data_args.train_datasets), None
+    how = (data_args, args, tokenizer, max_length)
+    train_set, eval_set = load_dataset(kind, data_args.train_datasets, *how), None
     say(train_set.report.summary())
     if data_args.eval_datasets:
-        eval_set = load(data_args.eval_datasets)
+        eval_set = load_dataset(kind, data_args.eval_datasets, *how)
         say(f"held out: {eval_set.report.summary()}")
     elif data_args.eval_split_ratio:
         train_set, eval_set = train_set.split_train_test(data_args.eval_split_ratio, seed=args.data_seed)

@@ -31,6 +31,7 @@ class LocalDataset(RowDataset):
             raise DataError(f"{self.describe(index)}: {error}") from error
 
     def to_sample(self, row: Mapping[str, Any]) -> RawSample:
+        """By the columns that are there: messages, a pair of answers, or the fields of RawSample (docs/data.md)."""
         if "messages" in row or "conversations" in row:
             return read_messages(row.get("messages", row.get("conversations")))
         if "chosen" in row and "rejected" in row:

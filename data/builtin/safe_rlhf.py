@@ -23,6 +23,7 @@ class SafeRLHFDataset(RowDataset):
     )
 
     def to_sample(self, row: Mapping[str, Any]) -> RawSample:
+        """Both responses of a row, with what people found better, safer and safe."""
         return RawSample(
             input=row["prompt"],
             answer=row["response_0"],
