@@ -10,6 +10,7 @@ if __name__ == "__main__":  # run by path: `import alignment` and `import data` 
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from alignment.ppo.models.freezing import set_trainable_layers
+from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.tokenizer import load_tokenizer
 from alignment.ppo.models.value import load_value
 from alignment.rm.arguments import GROUPS
@@ -47,6 +48,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> RewardTrainer:
         args.recompute,
         do_normalize=False,
         seed=args.seed,
+        placement=Placement.here(),
     )
     load_named("num_layers_unfrozen", set_trainable_layers, model, args.num_layers_unfrozen)
     normalizer = build_normalizer(model_args)

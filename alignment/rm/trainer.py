@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from alignment.parallel.pipeline import MicroBatch
 from alignment.ppo.controllers import RunningMoments
 from alignment.ppo.losses import masked_moments
 from alignment.ppo.models.value import end_scores
@@ -37,24 +38,28 @@ class RewardTrainer(StageTrainer):
     def count(self, items: Iterable[dict]) -> int:
         return sum(1 for _ in items)
 
-    def compute_loss(self, batch: Arrays, denominator: float) -> tuple[paddle.Tensor, Arrays]:
+    def micro_batch(self, batch: Arrays, denominator: float) -> MicroBatch:
         """batch: P pairs, collated; rows: better and worse float32 [P], normalised, and raw float32 [2P]."""
         names = ("better_input_ids", "worse_input_ids", "better_attention_mask", "worse_attention_mask")
         better_ids, worse_ids, better_mask, worse_mask = (paddle.to_tensor(batch[name]) for name in names)
         ids, mask = paddle.concat([better_ids, worse_ids]), paddle.concat([better_mask, worse_mask])
-        raw = self.model(ids, mask)
-        scores = raw if self.normalizer is None else self.normalizer.normalize(raw)
-        better, worse = paddle.split(end_scores(scores, mask), 2)
-        if self.args.loss_type == "token-wise":
-            tokens = align_token_scores(*paddle.split(scores, 2), better_ids, worse_ids, better_mask, worse_mask)
-            loss = token_ranking_loss(tokens, denominator)
-            penalty = score_regularization(*tokens, denominator=denominator)
-        else:
-            loss = sequence_ranking_loss(better, worse, denominator)
-            penalty = score_regularization(better, worse, denominator=denominator)
-        rows = {"better": better, "worse": worse, "raw": end_scores(raw, mask)}
-        rows = {name: row.detach().numpy() for name, row in rows.items()}
-        return loss + self.args.regularization * penalty, rows
+
+        def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[float, Arrays]]:
+            raw = self.model.scores(hidden)
+            scores = raw if self.normalizer is None else self.normalizer.normalize(raw)
+            better, worse = paddle.split(end_scores(scores, mask), 2)
+            if self.args.loss_type == "token-wise":
+                tokens = align_token_scores(*paddle.split(scores, 2), better_ids, worse_ids, better_mask, worse_mask)
+                loss = token_ranking_loss(tokens, denominator)
+                penalty = score_regularization(*tokens, denominator=denominator)
+            else:
+                loss = sequence_ranking_loss(better, worse, denominator)
+                penalty = score_regularization(better, worse, denominator=denominator)
+            loss = loss + self.args.regularization * penalty
+            rows = {"better": better, "worse": worse, "raw": end_scores(raw, mask)}
+            return loss, (float(loss), {name: row.detach().numpy() for name, row in rows.items()})
+
+        return MicroBatch(ids, mask, finish)
 
     def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
         return {"loss": loss, **preference_metrics(rows["better"], rows["worse"])}

@@ -48,7 +48,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except MemoryError as fault:
         status = _report(fault, "out of memory: use a smaller batch, shorter answers or a smaller model", RUN_STATUS)
     except Exception as fault:
-        if _process_count() > 1 and _LOST_PEER.search(str(fault)):
+        if process_count() > 1 and _LOST_PEER.search(str(fault)):
             _wait_for_launcher(RUN_STATUS)
         hint = "" if is_debug() else " (ALIGNMENT_DEBUG=1 shows the traceback)"
         status = _report(fault, f"{type(fault).__name__}: {fault}{hint}", RUN_STATUS)
@@ -74,7 +74,8 @@ def _wait_for_launcher(status: int) -> None:
     time.sleep(PEER_GRACE_SECONDS)
 
 
-def _process_count() -> int:
+def process_count() -> int:
+    """How many processes the launcher started; 1 without it."""
     return int(os.environ.get("PADDLE_TRAINERS_NUM") or 1)
 
 
@@ -94,6 +95,6 @@ def _leave(status: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and _process_count() > 1:
+    if status and process_count() > 1:
         os._exit(status)
     sys.exit(status)

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # run by path: `import alignment` and `import data` 
 
 from alignment.ppo.models.freezing import set_trainable_layers
 from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.tokenizer import load_tokenizer
 from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
@@ -28,7 +29,9 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> SFTTrainer:
     source = checkpoint or model_args.model_name_or_path
     tokenizer = load_named("model_name_or_path", load_tokenizer, source)
     train_set, eval_set = load_data(SupervisedDataset, data_args, args, tokenizer)
-    model = load_named("model_name_or_path", load_policy, source, weight_dtype(args), args.recompute)
+    model = load_named(
+        "model_name_or_path", load_policy, source, weight_dtype(args), args.recompute, Placement.here()
+    )
     load_named("num_layers_unfrozen", set_trainable_layers, model, args.num_layers_unfrozen)
     return SFTTrainer(args, model, tokenizer, train_set, eval_set, checkpoint)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import paddle
-
-from alignment.sft.loss import count_labels, supervised_loss
+from alignment.parallel.pipeline import MicroBatch
+from alignment.sft.loss import count_labels, supervised_micro_batch
 from alignment.training.trainer import Arrays, StageTrainer
 
 
@@ -20,8 +19,8 @@ class SFTTrainer(StageTrainer):
     def count(self, items: Iterable[dict]) -> int:
         return count_labels(items)
 
-    def compute_loss(self, batch: Arrays, denominator: float) -> tuple[paddle.Tensor, Arrays]:
-        return supervised_loss(self.model, batch, denominator), {}
+    def micro_batch(self, batch: Arrays, denominator: float) -> MicroBatch:
+        return supervised_micro_batch(self.model, batch, denominator)
 
     def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
         return {"loss": loss, "perplexity": math.exp(min(loss, 100.0))}

@@ -10,16 +10,14 @@ from typing import Any, ClassVar
 
 from paddlenlp.trainer import TrainingArguments
 
+from alignment.parallel.layout import resolve_layout
+from alignment.parallel.topology import join
 from alignment.runtime.argument_fields import argument
 from alignment.runtime.bootstrap import configure_paddle
-from alignment.runtime.faults import UsageError
+from alignment.runtime.faults import UsageError, process_count
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
-PARALLEL_DEGREES = (
-    "tensor_parallel_degree",
-    "pipeline_parallel_degree",
-    "sharding_degree",
-    "sharding_parallel_degree",
+UNBUILT_DEGREES = (
     "sep_parallel_degree",
     "context_parallel_degree",
     "expert_parallel_degree",
@@ -66,10 +64,27 @@ class StageArguments(TrainingArguments):
             "resume_from_checkpoint",
             "load_best_model_at_end",
         ),
-        "Parallelism": (*PARALLEL_DEGREES, "sharding", "sequence_parallel"),
+        "Parallelism": (
+            "tensor_parallel_degree",
+            "pipeline_parallel_degree",
+            "sharding",
+            "sharding_parallel_degree",
+            "sharding_degree",
+            "sequence_parallel",
+            *UNBUILT_DEGREES,
+        ),
     }
     LIMITS: ClassVar[dict[str, dict[str, Any]]] = {
-        **{name: {"help": "More than 1 is not available yet."} for name in PARALLEL_DEGREES},
+        **{name: {"help": "More than 1 is not available yet."} for name in UNBUILT_DEGREES},
+        "tensor_parallel_degree": {"help": "Processes that share each large matrix; -1: 1."},
+        "pipeline_parallel_degree": {"help": "Processes that share the layers, one stage each; -1: 1."},
+        "sharding": {
+            "help": 'What processes with the same weights divide: "stage1" the optimizer, "stage2" also gradients, '
+            '"stage3" also parameters; "": nothing.'
+        },
+        "sharding_parallel_degree": {"help": "Processes that divide it; -1: all that the other degrees leave."},
+        "sharding_degree": {"help": "The same, by its old name."},
+        "sequence_parallel": {"help": "Divide norms' activations over tensor-parallel processes by tokens."},
         "max_steps": {"ge": -1},
         "seed": {"ge": 0, "lt": 2**32},
         "per_device_train_batch_size": {"ge": 1},
@@ -97,8 +112,6 @@ class StageArguments(TrainingArguments):
         "save_steps": {"ge": 1},
         "save_total_limit": {"ge": 1},
         "output_dir": {"help": "Directory for checkpoints, metrics.jsonl, samples.jsonl and run.json."},
-        "sharding": {"help": "Not available yet."},
-        "sequence_parallel": {"help": "Not available yet."},
         "load_best_model_at_end": {"help": "Not available yet."},
         "logging_dir": {"help": "Directory of VisualDL and TensorBoard files; default: under output_dir."},
     }
@@ -147,8 +160,10 @@ class StageArguments(TrainingArguments):
         self.device = device.split(":")[0]
         # PaddleNLP joins the launcher's processes here, and Paddle writes a banner of flags to stderr while it does
         quiet = contextlib.nullcontext() if log_level == "debug" else contextlib.redirect_stderr(io.StringIO())
+        self.layout = resolve_layout(vars(self), process_count())
         try:
             with quiet:
+                join(self.layout, self.seed)
                 super().__post_init__()
         except (ValueError, AssertionError) as fault:
             raise UsageError(f"arguments: {fault}") from fault
@@ -158,12 +173,11 @@ class StageArguments(TrainingArguments):
     @staticmethod
     def validate(values: dict[str, Any]) -> None:
         """Checks combinations, before any instance exists, and settles defaults that depend on other arguments."""
-        refuse_unbuilt(values, {name: (-1, 1) for name in PARALLEL_DEGREES})
+        resolve_layout(values, process_count())
+        refuse_unbuilt(values, {name: (-1, 1) for name in UNBUILT_DEGREES})
         refuse_unbuilt(
             values,
             {
-                "sharding": ("",),
-                "sequence_parallel": (False,),
                 "do_train": (True,),
                 "fp16": (False,),
                 "load_best_model_at_end": (False,),

@@ -1,13 +1,13 @@
 """Which samples make up which optimizer step: a pure function of the seed and the step, whatever the layout."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from alignment.parallel.data_parallel import rank, world_size
+from alignment.parallel.topology import topology
 
 Item = TypeVar("Item")
 
@@ -36,14 +36,29 @@ class BatchSchedule:
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
+def own_share(items: Sequence[Item], length: Callable[[Item], int]) -> list[Item]:
+    """This process's share of a global batch, shortest first; the same on all that work on the same samples.
+
+    Long and short samples are dealt in turn, so that the processes' work is even.
+    """
+    place = topology()
+    return sorted(items, key=length)[place.data_rank :: place.data_size]
+
+
 def own_micro_batches(
     items: Sequence[Item], length: Callable[[Item], int], micro_batch_size: int
-) -> Iterator[list[Item]]:
-    """This rank's share of a global batch, as micro-batches of samples of like length (little padding).
+) -> list[list[Item]]:
+    """``own_share`` as micro-batches of samples of like length (little padding).
 
-    The order inside a batch cannot matter, since every loss has a global denominator; long and short samples are
-    dealt to the ranks in turn, so that their work is even.
+    The order inside a batch cannot matter, since every loss has a global denominator.
     """
-    own = sorted(items, key=length)[rank() :: world_size()]
-    for start in range(0, len(own), micro_batch_size):
-        yield own[start : start + micro_batch_size]
+    own = own_share(items, length)
+    return [own[start : start + micro_batch_size] for start in range(0, len(own), micro_batch_size)]
+
+
+def idle_rounds(count: int, micro_batch_size: int) -> int:
+    """How many micro-batches fewer than another process this one has of a global batch of ``count`` samples."""
+    place = topology()
+    most = -(-count // place.data_size)
+    own = len(range(place.data_rank, count, place.data_size))
+    return -(-most // micro_batch_size) - -(-own // micro_batch_size)

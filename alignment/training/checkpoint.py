@@ -2,8 +2,11 @@
 
     checkpoint-N/
         model.safetensors, config.json, tokenizer files     the model, merged, in Hugging Face form
-        optimizer.safetensors                                moments, under the parameters' names
+        optimizer.safetensors                                moments, merged, under the parameters' names
         trainer_state.json                                   step, schedule, controllers, moments: plain JSON
+
+Pipeline stages (and for the optimizer, sharding processes) each write a part, model-00001-of-00002.safetensors, beside
+an index; every layout reads what any other wrote. All processes must see the same directory.
 """
 from __future__ import annotations
 
@@ -14,28 +17,35 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import paddle.distributed as dist
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+import numpy as np
+from safetensors.numpy import save_file
 
-from alignment.parallel.data_parallel import rank, world_size
+from alignment.parallel.collectives import barrier, gather_objects
+from alignment.parallel.topology import topology
+from alignment.ppo.models.weights import WeightFiles, part_name, write_index
 from alignment.runtime.faults import UsageError
+from alignment.runtime.metrics import is_main_process
 from alignment.training.engine import TrainingEngine
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill ``directory`` by ``write`` as one act: a crash leaves either all of it or nothing. Rank 0 writes."""
-    if rank() == 0:
-        partial = directory.with_name(f".{directory.name}.partial")
+    """Fill ``directory`` by ``write`` as one act: a crash leaves either all of it or nothing.
+
+    Every process calls ``write``, which decides who writes what.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    if is_main_process():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write(partial)
+    barrier()
+    write(partial)
+    barrier()
+    if is_main_process():
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)
-    if world_size() > 1:
-        dist.barrier()
+    barrier()
 
 
 def save_checkpoint(
@@ -52,15 +62,34 @@ def save_checkpoint(
     def write(directory: Path) -> None:
         save_weights(directory)
         tensors, schedule = engine.state_dict()
-        path = directory / "optimizer.safetensors"
-        save_file(tensors, str(path))
-        path.chmod(0o644)  # safetensors creates 0600
-        text = json.dumps({"step": step, "schedule": schedule, **state}, indent=2)
-        (directory / "trainer_state.json").write_text(text + "\n")
+        _write_optimizer(directory, tensors)
+        if is_main_process():
+            text = json.dumps({"step": step, "schedule": schedule, **state}, indent=2)
+            (directory / "trainer_state.json").write_text(text + "\n")
 
     directory = Path(output_dir) / f"checkpoint-{step}"
     write_directory(directory, write)
     return directory
+
+
+class OptimizerFiles(WeightFiles):
+    """The optimizer's tensors in a checkpoint."""
+
+    single, index = "optimizer.safetensors", "optimizer.safetensors.index.json"
+
+
+def _write_optimizer(directory: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A part for every pipeline stage and owner; the processes that hold the same tensors leave it to the first."""
+    place = topology()
+    stages = gather_objects(gather_objects(list(tensors), "sharding"), "pipe")
+    parts = [names for owners in stages for names in owners]
+    if place.tensor_rank == 0 and place.data_rank < place.layout.sharding:
+        number = place.stage * place.layout.sharding + place.sharding_rank
+        path = directory / part_name(OptimizerFiles.single, number, len(parts))
+        save_file(tensors, str(path))
+        path.chmod(0o644)  # safetensors creates 0600
+    if is_main_process():
+        write_index(directory / OptimizerFiles.index, OptimizerFiles.single, parts)
 
 
 def load_training_state(checkpoint: Path, engine: TrainingEngine) -> dict:
@@ -70,9 +99,9 @@ def load_training_state(checkpoint: Path, engine: TrainingEngine) -> dict:
     """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
-        tensors = load_file(str(checkpoint / "optimizer.safetensors"))
-        engine.load_state_dict(tensors, state.get("schedule") if isinstance(state, dict) else None)
-    except (OSError, ValueError, SafetensorError) as error:
+        schedule = state.get("schedule") if isinstance(state, dict) else None
+        engine.load_state_dict(OptimizerFiles(checkpoint), schedule)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{checkpoint}: cannot resume from it: {error}") from error
     return state
 
@@ -91,7 +120,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def drop_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:
     """Keep the newest ``save_total_limit`` checkpoints (all, if it is None or not positive)."""
-    if rank() == 0 and save_total_limit and save_total_limit > 0:
+    if is_main_process() and save_total_limit and save_total_limit > 0:
         for path in list_checkpoints(output_dir)[:-save_total_limit]:
             shutil.rmtree(path)
 

@@ -1,14 +1,26 @@
-"""An optimizer step over micro-batches: accumulate, sum over ranks, clip, step."""
+"""An optimizer step over micro-batches, in any layout: accumulate, sum over processes, clip, step."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import paddle
+import paddle.distributed as dist
+from paddle.distributed.fleet.utils.sequence_parallel_utils import is_sequence_parallel_parameter
 from paddlenlp.trainer.trainer_utils import get_scheduler
 
-from alignment.parallel.data_parallel import sum_gradients
+from alignment.parallel.collectives import sum_tensors
+from alignment.parallel.pipeline import MicroBatch, Pipeline
+from alignment.parallel.sharding import Shards
+from alignment.parallel.topology import topology
+from alignment.ppo.models.placement import is_copy, is_tied, merged, own_slice, split_axis
+from alignment.ppo.models.policy import hidden_states
+from alignment.ppo.models.weights import WeightFiles
 from alignment.runtime.faults import RunError
 
 
@@ -38,14 +50,17 @@ class OptimizerSettings:
         return cls(**values)
 
 
+NORM_EPSILON = 1e-6  # as in paddle.nn.utils.clip_grad_norm_
+
+
 class TrainingEngine:
     """One model with its optimizer and schedule.
 
-    The loss passed to ``backward`` must already be divided by its denominator over the whole optimizer step (all
-    micro-batches, all ranks): then any accumulation and any number of ranks give the same step.
+    The losses of micro-batches must already be divided by their denominator over the whole optimizer step (all
+    micro-batches, all processes): then any accumulation and any layout give the same step.
 
     Args:
-        model: its parameters with ``stop_gradient`` False are trained.
+        model: this process's part; its parameters with ``stop_gradient`` False are trained.
         settings: optimizer and schedule.
         total_steps: optimizer steps of the whole run, for the schedule.
         name: for messages, e.g. "actor".
@@ -57,6 +72,9 @@ class TrainingEngine:
         self.max_grad_norm = settings.max_grad_norm
         self.names = {p.name: key for key, p in model.named_parameters() if not p.stop_gradient}
         self.parameters = [p for p in model.parameters() if not p.stop_gradient]
+        self.copies = {p.name for p in self.parameters if is_copy(self.names[p.name], model)}
+        self.pipeline = Pipeline(model, partial(hidden_states, model))
+        self.shards = Shards(self.parameters)
         warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
         self.scheduler = get_scheduler(
             settings.lr_scheduler_type,
@@ -66,82 +84,176 @@ class TrainingEngine:
         )
         self.learning_rate = self.scheduler.get_lr()  # of the latest step
         decayed = {name for name, key in self.names.items() if "norm" not in key and not key.endswith("bias")}
-        self.optimizer = paddle.optimizer.AdamW(
+        self.optimizer = None if not self.shards.own else paddle.optimizer.AdamW(
             learning_rate=self.scheduler,
             beta1=settings.adam_beta1,
             beta2=settings.adam_beta2,
             epsilon=settings.adam_epsilon,
-            parameters=self.parameters,
+            parameters=self.shards.own,
             weight_decay=settings.weight_decay,
             apply_decay_param_fun=decayed.__contains__,
             multi_precision=True,
         )
 
-    def backward(self, loss: paddle.Tensor) -> None:
-        """Add this micro-batch's gradients."""
-        if not loss.stop_gradient:
-            loss.backward()
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Within it, every parameter of this process's part is in memory (from stage 3 on it is not otherwise)."""
+        yield
+
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
+        """The micro-batches' reports, on every stage of the model; nothing is learnt."""
+        self.model.eval()
+        return self.pipeline.forward(micro_batches)
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], idle_rounds: int = 0) -> list[Any]:
+        """Add the gradients of micro-batches; returns their reports, on every stage of the model.
+
+        Args: idle_rounds: how many fewer these are than another process has.
+        """
+        self.model.train()
+        if self.shards.stage < 2:
+            return self.pipeline.forward_backward(micro_batches)
+        reports = []
+        for micro in micro_batches:  # no pipeline: see alignment.parallel.layout
+            reports += self.pipeline.forward_backward([micro])
+            self.shards.collect_gradients()
+        for _ in range(idle_rounds):
+            self.shards.collect_gradients()
+        return reports
 
     def step(self) -> dict[str, float]:
-        """Sum gradients over ranks, clip, update. Returns {"grad_norm", "lr"} of this step.
+        """Sum gradients over processes, clip, update. Returns {"grad_norm", "lr"} of this step.
 
         Raises: RunError if the gradient is not finite; the weights are then untouched.
         """
-        sum_gradients(self.parameters)
-        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        norm = float(paddle.nn.utils.clip_grad_norm_(self.parameters, limit))
+        gradients = self._sum_gradients()
+        norm = self._norm(gradients)
         if not math.isfinite(norm):
             raise RunError(f"the gradient of the {self.name} is not finite ({norm}): lower the learning rate")
-        self.optimizer.step()
-        self.optimizer.clear_grad()
-        self.learning_rate = self.optimizer.get_lr()
+        if 0 < self.max_grad_norm < norm + NORM_EPSILON:
+            for gradient in gradients.values():
+                gradient.scale_(self.max_grad_norm / (norm + NORM_EPSILON))
+        if self.optimizer:
+            self.optimizer.step()
+        self.discard()
+        self.shards.share_updates()
+        self.learning_rate = self.scheduler.get_lr()
         self.scheduler.step()
         return {"grad_norm": norm, "lr": self.learning_rate}
 
     def discard(self) -> None:
         """Forget the gradients added since the last step."""
-        self.optimizer.clear_grad()
+        self.shards.sums.clear()
+        for parameter in self.parameters:
+            parameter.clear_gradient(False)
+
+    def _sum_gradients(self) -> dict[str, paddle.Tensor]:
+        """The whole batch's gradients by parameter, in place: of all parameters here, or from stage 2 on of our own."""
+        if self.shards.stage < 2:
+            parameters, group = self.parameters, "data"
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = paddle.zeros_like(parameter)
+        else:
+            parameters, group = self.shards.own, "replica"
+            for parameter in parameters:
+                sums = self.shards.sums.get(parameter.name)
+                parameter.grad = paddle.zeros_like(parameter) if sums is None else sums.astype(parameter.dtype)
+        # A norm's weight has seen only our tokens under sequence parallelism; a tied embedding is at both ends.
+        sum_tensors([p.grad for p in parameters if is_sequence_parallel_parameter(p)], "tensor")
+        tied = [p.grad for p in parameters if is_tied(self.names[p.name], self.model)]
+        sum_tensors(tied, "ends")
+        gradients = {p.name: p.grad for p in parameters}
+        sum_tensors(gradients.values(), group)
+        return gradients
+
+    def _norm(self, gradients: dict[str, paddle.Tensor]) -> float:
+        """Length of the gradient of the whole model: every parameter's squares are counted on one process."""
+        place = topology()
+        counted = place.layout.sharding_stage >= 2 or place.sharding_rank == 0
+        squares = paddle.zeros([1], dtype="float32")
+        for parameter in self.parameters:
+            if parameter.name in gradients and counted and self._counts(parameter):
+                squares += gradients[parameter.name].astype("float32").square().sum()
+        if place.layout.processes > 1:
+            dist.all_reduce(squares)
+        return float(squares) ** 0.5
+
+    def _counts(self, parameter: paddle.Tensor) -> bool:
+        place = topology()
+        whole_elsewhere = split_axis(parameter) is None and place.tensor_rank > 0
+        first_replica = place.data_rank < place.layout.sharding
+        return first_replica and not whole_elsewhere and parameter.name not in self.copies
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict]:
-        """Optimizer tensors under their parameters' structured names, and the schedule's plain numbers."""
-        state = self.optimizer.state_dict()
-        schedule = state.pop("LR_Scheduler")
+        """The owned optimizer tensors, merged over tensor parallelism, by structured names; the schedule's numbers.
+
+        Every process of the job calls it. Its own part of a tied embedding's copy is left out.
+        """
+        state = self.optimizer.state_dict() if self.optimizer else {}
+        state.pop("LR_Scheduler", None)
         masters = state.pop("master_weights", {})
         tensors = {self._structured(key): value for key, value in state.items()}
         tensors |= {f"{self.names[key]}/master": value for key, value in masters.items()}
-        return {key: value.numpy() for key, value in tensors.items()}, schedule
+        by_name = {self.names[parameter.name]: parameter for parameter in self.shards.own}
+        whole = {}
+        for key in sorted(tensors):
+            name, _, kind = key.rpartition("/")
+            if by_name[name].name not in self.copies:
+                whole[key] = merged(tensors[key], _axis(kind, by_name[name])).numpy()
+        return whole, self.scheduler.state_dict()
 
-    def load_state_dict(self, tensors: dict[str, np.ndarray], schedule: dict) -> None:
-        """Take back what ``state_dict`` gave.
+    def load_state_dict(self, files: WeightFiles, schedule: dict) -> None:
+        """Take back what ``state_dict`` gave, in whatever layout.
 
         Raises: ValueError, with nothing changed, if it is not the state of the parameters that are trained here.
         """
-        self._check_state(tensors, schedule)
-        generated = {key: name for name, key in self.names.items()}
+        stored = self._check_state(files, schedule)
         state: dict = {"LR_Scheduler": schedule, "master_weights": {}}
-        for key, value in tensors.items():
-            parameter, kind = key.rsplit("/", 1)
-            tensor = paddle.to_tensor(value)
-            if kind == "master":
-                tensor.name = f"{generated[parameter]}_fp32_master_0"
-                state["master_weights"][generated[parameter]] = tensor
-            else:
-                state[f"{generated[parameter]}_{kind}"] = tensor
-        self.optimizer.set_state_dict(state)
+        for parameter in self.shards.own if stored else ():
+            for kind in stored[self.names[parameter.name]]:
+                whole = files.read(f"{self.names[parameter.name]}/{kind}")
+                tensor = whole if _axis(kind, parameter) is None else own_slice(whole, parameter, self.model.placement)
+                if kind == "master":
+                    tensor.name = f"{parameter.name}_fp32_master_0"
+                    state["master_weights"][parameter.name] = tensor
+                else:
+                    state[f"{parameter.name}_{kind}"] = tensor
+        if self.optimizer:
+            self.optimizer.set_state_dict(state)
+        self.scheduler.set_state_dict(schedule)
 
-    def _check_state(self, tensors: dict[str, np.ndarray], schedule: dict) -> None:
+    def _check_state(self, files: WeightFiles, schedule: dict) -> dict[str, list[str]]:
+        """What is stored of the parameters here: their names with the kinds of tensors."""
         if not isinstance(schedule, dict) or schedule.keys() != self.scheduler.state_dict().keys():
             raise ValueError("no state of the learning-rate schedule")
-        shapes = {self.names[parameter.name]: list(parameter.shape) for parameter in self.parameters}
-        others = shapes.keys() ^ {key.rpartition("/")[0] for key in tensors}
-        if tensors and others:  # Paddle takes no optimizer state before the first step
+        stored: dict[str, list[str]] = {}
+        for key in files.names():
+            name, _, kind = key.rpartition("/")
+            if self.model.placement.holds(name, self.model.config.num_hidden_layers, self.model.ties_ends):
+                stored.setdefault(name, []).append(kind)
+        here = {self.names[parameter.name]: parameter for parameter in self.parameters}
+        others = here.keys() ^ stored.keys()
+        if stored and others:  # Paddle takes no optimizer state before the first step
             raise ValueError(f"parameters trained then and now differ: {min(others)}")
-        for key, value in tensors.items():
-            parameter, _, kind = key.rpartition("/")
-            if "_pow_acc" not in kind and list(value.shape) != shapes[parameter]:
-                raise ValueError(f"{key} has shape {list(value.shape)}, its parameter {shapes[parameter]}")
+        for name, kinds in stored.items():
+            for kind in kinds:
+                self._check_shape(f"{name}/{kind}", files.shape(f"{name}/{kind}"), here[name])
+        return stored
+
+    def _check_shape(self, key: str, shape: list[int], parameter: paddle.Tensor) -> None:
+        expected, axis = list(parameter.shape), split_axis(parameter)
+        if axis is not None:
+            expected[axis] *= self.model.placement.tensor
+        if "_pow_acc" not in key and shape != expected:
+            raise ValueError(f"{key} has shape {shape}, its parameter {expected}")
 
     def _structured(self, key: str) -> str:
         """``linear_3.w_0_moment1_0`` -> ``llama.layers.0.mlp.up_proj.weight/moment1_0``."""
         name = max((name for name in self.names if key.startswith(name + "_")), key=len)
         return f"{self.names[name]}/{key[len(name) + 1 :]}"
+
+
+def _axis(kind: str, parameter: paddle.Tensor) -> int | None:
+    """The axis along which an optimizer tensor is divided: its parameter's, but the powers of beta are one number."""
+    return None if "_pow_acc" in kind else split_axis(parameter)

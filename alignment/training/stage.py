@@ -7,7 +7,7 @@ from typing import Any
 
 import paddle
 
-from alignment.parallel.data_parallel import close_processes
+from alignment.parallel.collectives import barrier
 from alignment.runtime.console import show_summary
 from alignment.runtime.run_record import write_run_record
 from alignment.training.setup import check_output, clear_output, mixed_precision
@@ -33,5 +33,5 @@ def run_stage(
     with mixed_precision(args):
         result = trainer.train()
     show_summary(f"{stage} finished: {args.output_dir}", {"steps": trainer.total_steps, **result})
-    close_processes()
+    barrier()  # a process that leaves first would make the others report a lost connection
     return result

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import paddle
 
-from alignment.parallel.data_parallel import gather_objects, world_size
+from alignment.parallel.collectives import gather_objects
+from alignment.parallel.pipeline import MicroBatch
+from alignment.parallel.topology import topology
 from alignment.ppo.models.saving import save_model
 from alignment.runtime.timing import peak_memory_gb
-from alignment.training.batches import BatchSchedule, own_micro_batches
+from alignment.training.batches import BatchSchedule, idle_rounds, own_micro_batches
 from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from alignment.training.loop import run_loop
@@ -47,7 +49,7 @@ class StageTrainer(ABC):
         self.collate: Callable[[list[dict]], Arrays] = train_set.get_collator()
         longest = max(self.length(item) for part in (train_set, eval_set or ()) for item in part)
         check_positions("max_length", model, longest)
-        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * topology().data_size
         self.schedule = BatchSchedule(len(train_set), batch_size, args.data_seed, args.dataloader_drop_last)
         self.total_steps = total_steps(args, self.schedule.steps_per_epoch)
         self.engine = TrainingEngine(model, OptimizerSettings.from_arguments(args), self.total_steps, "model")
@@ -64,8 +66,9 @@ class StageTrainer(ABC):
         """What these samples add to the loss's denominator: their label tokens, or pairs."""
 
     @abstractmethod
-    def compute_loss(self, batch: Arrays, denominator: float) -> tuple[paddle.Tensor, Arrays]:
-        """Loss of a micro-batch, divided by the global ``denominator``, and rows for ``describe``, one a sample."""
+    def micro_batch(self, batch: Arrays, denominator: float) -> MicroBatch:
+        """A collated batch ready to run: its loss, divided by the global ``denominator``, and as report the loss's
+        value and rows for ``describe``, one a sample."""
 
     @abstractmethod
     def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
@@ -99,14 +102,9 @@ class StageTrainer(ABC):
         """One optimizer step on global batch number ``step``, counted from 1."""
         started = time.perf_counter()
         items = [self.train_set[int(index)] for index in self.schedule(step - 1)]
-        denominator, loss, parts = self.count(items), 0.0, []
-        self.model.train()
-        for micro in own_micro_batches(items, self.length, self.args.per_device_train_batch_size):
-            micro_loss, rows = self.compute_loss(self.collate(micro), denominator)
-            self.engine.backward(micro_loss)
-            loss += float(micro_loss)
-            parts.append(rows)
-        loss, rows = _over_ranks(loss, parts)
+        size = self.args.per_device_train_batch_size
+        reports = self.engine.accumulate(self._micro_batches(items, size), idle_rounds(len(items), size))
+        loss, rows = _over_processes(reports)
         metrics = self.describe(loss, rows) | self.engine.step()
         self.finish_step(rows)
         seconds = time.perf_counter() - started
@@ -117,17 +115,16 @@ class StageTrainer(ABC):
             "perf/max_memory_gb": peak_memory_gb(),
         }
 
-    @paddle.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics on all held-out samples, every rank working on its share."""
+        """Metrics on all held-out samples, every process working on its share."""
         items = list(self.eval_set)
-        denominator, loss, parts = self.count(items), 0.0, []
-        self.model.eval()
-        for batch in own_micro_batches(items, self.length, self.args.per_device_eval_batch_size):
-            batch_loss, rows = self.compute_loss(self.collate(batch), denominator)
-            loss += float(batch_loss)
-            parts.append(rows)
-        return self.describe(*_over_ranks(loss, parts))
+        with self.engine.whole_model():
+            reports = self.engine.forward(self._micro_batches(items, self.args.per_device_eval_batch_size))
+        return self.describe(*_over_processes(reports))
+
+    def _micro_batches(self, items: list[dict], size: int) -> list[MicroBatch]:
+        denominator = self.count(items)
+        return [self.micro_batch(self.collate(own), denominator) for own in own_micro_batches(items, self.length, size)]
 
     def save(self, step: int) -> Path:
         """Write checkpoint-<step> and drop the oldest over save_total_limit."""
@@ -155,10 +152,10 @@ def _count_tokens(item: dict) -> int:
     return sum(len(ids) for name, ids in item.items() if name.endswith("input_ids"))
 
 
-def _over_ranks(loss: float, parts: list[Arrays]) -> tuple[float, Arrays]:
-    """The sum of the losses and the rows of all ranks; every part has the same keys."""
-    gathered = gather_objects((loss, parts))
-    everything = [part for _, rank_parts in gathered for part in rank_parts]
-    return sum(one for one, _ in gathered), {
-        name: np.concatenate([part[name] for part in everything]) for name in everything[0]
+def _over_processes(reports: list[tuple[float, Arrays]]) -> tuple[float, Arrays]:
+    """The sum of the losses and the rows of all processes' samples; all reports have the same keys."""
+    everything = [report for own in gather_objects(reports) for report in own]
+    names = everything[0][1]
+    return sum(loss for loss, _ in everything), {
+        name: np.concatenate([rows[name] for _, rows in everything]) for name in names
     }

@@ -61,9 +61,9 @@ def load_merged_policy(base: str | Path, directory: Path) -> paddle.nn.Layer:
     return adapted.model
 
 
-def without_adapters(state_dict: dict[str, paddle.Tensor]) -> dict[str, paddle.Tensor]:
-    """The weights of a merged model that a plain one has too."""
-    return {name: tensor for name, tensor in state_dict.items() if not name.endswith(_ADAPTER_PARTS)}
+def is_adapter_part(name: str) -> bool:
+    """Whether a parameter of a merged model belongs to an adapter, so that a plain model has none of that name."""
+    return name.endswith(_ADAPTER_PARTS)
 
 
 def read_adapters(directory: Path) -> dict[str, np.ndarray]:

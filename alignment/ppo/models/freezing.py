@@ -10,7 +10,7 @@ from alignment.runtime.faults import UsageError
 
 
 def set_trainable_layers(model: paddle.nn.Layer, num_layers_unfrozen: int | None) -> int:
-    """Choose what is trained; returns the number of trainable scalars.
+    """Choose what is trained; returns the number of trainable scalars here.
 
     Args:
         model: a policy or a score model.
@@ -19,18 +19,18 @@ def set_trainable_layers(model: paddle.nn.Layer, num_layers_unfrozen: int | None
     Raises:
         UsageError: more layers than the model has, or below -1.
     """
-    body = trunk(model)
-    count = len(body.layers)
+    body, count = trunk(model), model.config.num_hidden_layers
     everything = num_layers_unfrozen in (None, -1)
     if not everything and not 0 <= num_layers_unfrozen <= count:
         raise UsageError(f"num_layers_unfrozen: {num_layers_unfrozen} is not -1 (all) or between 0 and {count}")
     for parameter in model.parameters():
         parameter.trainable = everything
     if not everything:
-        for layer in [*body.layers[count - num_layers_unfrozen :], body.norm]:
+        own = zip(model.placement.layers(count), body.layers, strict=True)
+        for layer in [*(layer for number, layer in own if number >= count - num_layers_unfrozen), body.norm]:
             _unfreeze(layer)
         head = getattr(model, "score_head", None) or getattr(model, "lm_head", None)
-        if head is not None and head.weight is not body.embed_tokens.weight:
+        if head is not None and not (hasattr(body, "embed_tokens") and head.weight is body.embed_tokens.weight):
             _unfreeze(head)
     return int(sum(np.prod(parameter.shape) for parameter in model.parameters() if parameter.trainable))
 

@@ -13,6 +13,7 @@ from paddlenlp.utils.download import resolve_file_path
 from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE, read_config, read_json
 from alignment.ppo.models.cpu import speed_up_on_cpu
 from alignment.ppo.models.default import DEFAULT_MODEL_ALIASES, ensure_default_model
+from alignment.ppo.models.placement import Placement, configure, keep_stage
 from alignment.ppo.models.tokenizer_files import TOKENIZER_FILES
 from alignment.ppo.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
@@ -22,7 +23,9 @@ TIED_HEAD = "lm_head.weight"
 _CAUSAL = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
 
 
-def load_policy(name_or_path: str | Path, dtype: str = "float32", recompute: bool = False) -> paddle.nn.Layer:
+def load_policy(
+    name_or_path: str | Path, dtype: str = "float32", recompute: bool = False, placement: Placement = Placement()
+) -> paddle.nn.Layer:
     """A PaddleNLP Llama or Qwen2 causal language model with every weight read from safetensors.
 
     Args:
@@ -30,6 +33,7 @@ def load_policy(name_or_path: str | Path, dtype: str = "float32", recompute: boo
             output directory of a stage (its newest checkpoint), or a name on PaddleNLP's hub.
         dtype: "float32", on a GPU also "bfloat16" or "float16".
         recompute: recompute activations of each layer in the backward pass instead of keeping them.
+        placement: the part of the model to build and read; default: all of it.
     Returns: the model in training mode, all parameters trainable.
     Raises:
         UsageError: directory, config.json or weights missing, corrupt, of an unsupported kind, or a score model.
@@ -39,14 +43,16 @@ def load_policy(name_or_path: str | Path, dtype: str = "float32", recompute: boo
     if stored_architecture(directory) == SCORE_ARCHITECTURE[config.model_type]:
         raise UsageError(f"{directory}: a score model (reward or critic) cannot serve as a language model")
     config.architectures = [CAUSAL_ARCHITECTURE[config.model_type]]
-    model = build(_CAUSAL[config.model_type], config, dtype, recompute)
+    model = build(_CAUSAL[config.model_type], config, dtype, recompute, placement)
     tied = {TIED_HEAD} if config.tie_word_embeddings else set()
     load_weights(model, WeightFiles(directory), trunk=model.base_model_prefix, skip=tied, ignore=tied)
     return model
 
 
-def build(kind: type, config: PretrainedConfig, dtype: str, recompute: bool) -> paddle.nn.Layer:
-    """A PaddleNLP model of class ``kind`` with parameters of ``dtype``, all zero: ``load_weights`` fills every one.
+def build(
+    kind: type, config: PretrainedConfig, dtype: str, recompute: bool, placement: Placement = Placement()
+) -> paddle.nn.Layer:
+    """This process's part of a PaddleNLP model of class ``kind``, all zero: ``load_weights`` fills every parameter.
 
     Drawing random values first would take most of the loading time and shift the process's random state.
     """
@@ -56,6 +62,9 @@ def build(kind: type, config: PretrainedConfig, dtype: str, recompute: bool) -> 
         raise UsageError(f"dtype: {dtype} needs a GPU (Paddle has no {dtype} matrix product on CPUs); use float32")
     config.dtype = dtype
     config.recompute = recompute
+    configure(config, placement)
+    count = config.num_hidden_layers
+    config.num_hidden_layers = len(placement.layers(count))
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     set_global_initializer(Constant(0.0), Constant(0.0))
@@ -65,6 +74,8 @@ def build(kind: type, config: PretrainedConfig, dtype: str, recompute: bool) -> 
     finally:
         set_global_initializer(None)
         paddle.set_default_dtype(before)
+        config.num_hidden_layers = count
+    keep_stage(model, getattr(model, model.base_model_prefix, model), placement, count)
     speed_up_on_cpu(model)
     if recompute:
         model.recompute_enable()

@@ -8,34 +8,41 @@ from typing import Any
 
 import paddle
 
-from alignment.ppo.models.adapters import without_adapters
+from alignment.ppo.models.adapters import is_adapter_part
 from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE, config_fields
 from alignment.ppo.models.loading import TIED_HEAD
 from alignment.ppo.models.value import ScoreModel
 from alignment.ppo.models.weights import huggingface_weights, write_weights
+from alignment.runtime.metrics import is_main_process
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dtype: str | None = None) -> None:
-    """Write model.safetensors, config.json, generation_config.json and the tokenizer's files into ``directory``.
+    """Write the whole model into ``directory``: weights, config.json, generation_config.json, the tokenizer's files.
+
+    Every process of the job calls it, and sees the same directory.
 
     transformers loads it by ``from_pretrained(directory)``, PaddleNLP by ``from_pretrained(directory,
     convert_from_torch=True)``, ``load_policy`` and ``load_value`` by its path. Weights are kept bit for bit, unless
     ``dtype`` ("float32", "bfloat16", "float16") asks for a cast.
 
     Args:
-        model: a policy (its LoRA adapters merged, if it has any) or a score model, not parallelised.
+        model: a policy (its LoRA adapters merged, if it has any) or a score model.
         tokenizer: from ``load_tokenizer``; None: no tokenizer files.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = model.config
-    score = isinstance(model, ScoreModel)
-    skip = {TIED_HEAD} if config.tie_word_embeddings else set()
-    weights = huggingface_weights(without_adapters(model.state_dict()), model.base_model_prefix, skip, dtype)
+    skip = {name for name in model.state_dict() if is_adapter_part(name)}
+    if config.tie_word_embeddings:
+        skip.add(TIED_HEAD)
+    weights = huggingface_weights(model, skip, dtype)
     write_weights(weights, directory)
+    if not is_main_process():
+        return
     stored = str(next(iter(weights.values())).dtype).removeprefix("paddle.")
+    score = isinstance(model, ScoreModel)
     architectures = SCORE_ARCHITECTURE if score else CAUSAL_ARCHITECTURE
     fields = config_fields(config, architectures[config.model_type], stored)
     if score:

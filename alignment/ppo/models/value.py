@@ -11,6 +11,8 @@ from paddlenlp.transformers import LlamaModel, PretrainedConfig, Qwen2Model
 
 from alignment.ppo.models.config import SCORE_ARCHITECTURE, read_config
 from alignment.ppo.models.loading import TIED_HEAD, build, resolve_model_directory
+from alignment.ppo.models.placement import Placement
+from alignment.ppo.models.policy import hidden_states
 from alignment.ppo.models.weights import WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
 
@@ -35,37 +37,23 @@ class ScoreModel(nn.Layer):
         super().__init__()
         self.trunk = trunk
         self.config = trunk.config
-        self.score_head = nn.Linear(trunk.config.hidden_size, 1, bias_attr=False)
+        self.placement, self.ties_ends = trunk.placement, False
+        if self.placement.is_last:
+            self.score_head = nn.Linear(trunk.config.hidden_size, 1, bias_attr=False)
         self.score_type = score_type
         self.do_normalize = False
         self.score_mean, self.score_var = 0.0, 1.0
         self.head_is_new = True
 
-    def forward(
-        self,
-        input_ids: paddle.Tensor,
-        attention_mask: paddle.Tensor | None = None,
-        position_ids: paddle.Tensor | None = None,
-    ) -> paddle.Tensor:
-        """Scores float32 [B, L]; normalised if ``do_normalize``. Those at padding mean nothing.
+    def forward(self, input_ids: paddle.Tensor, attention_mask: paddle.Tensor) -> paddle.Tensor:
+        """Scores float32 [B, L] of a model that is whole; those at padding mean nothing.
 
-        Args:
-            input_ids: int64 [B, L].
-            attention_mask: bool [B, L], True at real tokens, padded on either side; None: no padding.
-            position_ids: int64 [B, L]; None: count real tokens.
+        Args: input_ids: int64 [B, L]; attention_mask: bool [B, L], True at real tokens, padded on either side.
         """
-        if attention_mask is None:
-            attention_mask = paddle.ones(input_ids.shape, dtype="bool")
-        if position_ids is None:
-            position_ids = (attention_mask.astype("int64").cumsum(-1) - 1).clip(min=0)
-        hidden = self.trunk(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            return_dict=False,
-        )
-        hidden = hidden[0] if isinstance(hidden, (tuple, list)) else hidden
+        return self.scores(hidden_states(self, input_ids, attention_mask))
+
+    def scores(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        """float32 [B, L] from final hidden states [B, L, H]; normalised if ``do_normalize``."""
         scores = self.score_head(hidden).squeeze(-1).astype("float32")
         return (scores - self.score_mean) / self.score_var**0.5 if self.do_normalize else scores
 
@@ -90,11 +78,12 @@ def load_value(
     require_head: bool = False,
     do_normalize: bool | None = None,
     seed: int = 0,
+    placement: Placement = Placement(),
 ) -> ScoreModel:
     """A score model from a saved one, or from a causal language model, whose head is then new.
 
     Args:
-        name_or_path, dtype, recompute: as in ``load_policy``.
+        name_or_path, dtype, recompute, placement: as in ``load_policy``.
         score_type: "reward" or "critic"; a critic may start from a reward model's directory and takes its head.
         require_head: refuse a directory without a score head (a reward model must be a trained one).
         do_normalize: apply the saved score statistics; None: as saved for a reward model, never for a critic.
@@ -111,18 +100,24 @@ def load_value(
     if require_head and not has_head:
         raise UsageError(f"{directory}: not a reward model (its weights have no {HEAD}); train one with run_reward.py")
     config.architectures = [SCORE_ARCHITECTURE[config.model_type]]
-    model = build_score_model(config, score_type, dtype, recompute)
+    model = build_score_model(config, score_type, dtype, recompute, placement)
     load_weights(model, files, trunk="trunk", skip=() if has_head else {HEAD}, ignore={TIED_HEAD})
     model.head_is_new = not has_head
-    if not has_head:
+    if not has_head and placement.is_last:
         initialize_head(model, seed)
     _restore_statistics(model, config, directory, do_normalize)
     return model
 
 
-def build_score_model(config: PretrainedConfig, score_type: str, dtype: str, recompute: bool = False) -> ScoreModel:
-    """An untrained score model in ``dtype``."""
-    trunk = build(_TRUNKS[config.model_type], config, dtype, recompute)
+def build_score_model(
+    config: PretrainedConfig,
+    score_type: str,
+    dtype: str,
+    recompute: bool = False,
+    placement: Placement = Placement(),
+) -> ScoreModel:
+    """This process's part of an untrained score model in ``dtype``."""
+    trunk = build(_TRUNKS[config.model_type], config, dtype, recompute, placement)
     return ScoreModel(trunk, score_type).to(dtype=dtype)
 
 

@@ -22,8 +22,12 @@ import paddle
 from safetensors import SafetensorError, safe_open
 from safetensors.paddle import save_file
 
+from alignment.parallel.collectives import gather_objects
+from alignment.parallel.topology import topology
+from alignment.ppo.models.placement import is_copy, merged, own_slice, split_axis
 from alignment.runtime.bootstrap import tensor_views
 from alignment.runtime.faults import UsageError
+from alignment.runtime.metrics import is_main_process
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -63,6 +67,10 @@ class WeightFiles:
         """Type of the first tensor: "float32", "bfloat16", ..."""
         name = min(self.names())
         return str(self.read(name).dtype).removeprefix("paddle.")
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of one tensor as stored."""
+        return list(self._owner[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> paddle.Tensor:
         """One tensor as stored, on the CPU."""
@@ -124,11 +132,14 @@ def load_weights(
         if name not in skip:
             other = huggingface_name(name, trunk)
             wanted[other if huggingface else other.replace("model.", f"{family}.", 1)] = (name, parameter)
-    _check_names(files.directory, set(wanted), stored, set(ignore))
+    config, placement = layer.config, layer.placement
+    here = {name for name in stored if placement.holds(name, config.num_hidden_layers, layer.ties_ends)}
+    _check_names(files.directory, set(wanted), here, set(ignore))
     for source, (name, parameter) in wanted.items():
         tensor = files.read(source)
         if huggingface and is_linear(name):
             tensor = tensor.transpose([1, 0])
+        tensor = own_slice(tensor, parameter, placement)
         if tensor.shape != parameter.shape:
             raise UsageError(
                 f"{files.directory}: {source} has shape {tensor.shape}, config.json asks for {parameter.shape} "
@@ -146,21 +157,54 @@ def _check_names(directory: Path, wanted: set[str], stored: set[str], ignore: se
 
 
 def huggingface_weights(
-    state_dict: dict[str, paddle.Tensor], trunk: str, skip: Iterable[str] = (), dtype: str | None = None
+    model: paddle.nn.Layer, skip: Iterable[str] = (), dtype: str | None = None
 ) -> dict[str, paddle.Tensor]:
-    """The tensors of ``state_dict`` under Hugging Face names and orientation, optionally cast to ``dtype``."""
+    """This stage's tensors, merged over tensor parallelism, under Hugging Face names and in that orientation.
+
+    Every process of the job calls it; those that do not write (see ``is_writer``) get an empty dictionary.
+
+    Args: skip: names of ``model.state_dict()`` to leave out; dtype: to cast to.
+    """
     weights = {}
-    for name, tensor in state_dict.items():
-        if name not in skip:
-            value = tensor.detach()
+    for name, parameter in model.state_dict().items():
+        if name in skip or is_copy(name, model):
+            continue
+        value = merged(parameter.detach(), split_axis(parameter))
+        if is_writer():
             value = value.astype(dtype) if dtype else value
             value = value.transpose([1, 0]) if is_linear(name) else value
-            weights[huggingface_name(name, trunk)] = value.contiguous().cpu()
+            weights[huggingface_name(name, model.base_model_prefix)] = value.contiguous().cpu()
     return weights
 
 
+def is_writer() -> bool:
+    """Whether this process writes its stage's weights."""
+    return topology().data_rank == 0 and topology().tensor_rank == 0
+
+
 def write_weights(weights: dict[str, paddle.Tensor], directory: Path) -> None:
-    """Write ``model.safetensors``. The metadata says "pt", which transformers asks for and PaddleNLP recognises."""
-    path = directory / SINGLE_FILE
-    save_file(weights, str(path), metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors creates 0600
+    """Write ``model.safetensors``, or a part of it for each pipeline stage with its index. Every process calls it.
+
+    The metadata says "pt", which transformers asks for and PaddleNLP recognises.
+    """
+    place = topology()
+    parts = gather_objects(list(weights), "pipe")
+    path = directory / part_name(SINGLE_FILE, place.stage, place.layout.pipeline)
+    if is_writer():
+        save_file(weights, str(path), metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors creates 0600
+    if is_main_process():
+        write_index(directory / INDEX_FILE, SINGLE_FILE, parts)
+
+
+def part_name(file: str, part: int, parts: int) -> str:
+    """Name of one of several files that together stand for ``file``: model-00001-of-00002.safetensors."""
+    stem, _, ending = file.rpartition(".")
+    return file if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.{ending}"
+
+
+def write_index(path: Path, file: str, parts: list[list[str]]) -> None:
+    """The index of a ``file`` in several parts: which tensor is in which. A whole file needs none."""
+    if len(parts) > 1:
+        owner = {name: part_name(file, i, len(parts)) for i, names in enumerate(parts) for name in names}
+        path.write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(owner.items()))}, indent=2) + "\n")

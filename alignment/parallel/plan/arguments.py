@@ -1,0 +1,112 @@
+"""What the plan reads: its own options, and those arguments of a stage that decide over memory and communication.
+
+Names, defaults and limits are those of the stages; here they stand apart, because the stages' own classes load Paddle.
+A test compares the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from alignment.parallel.plan.layout import SHARDING_STAGES
+from alignment.runtime.argument_fields import Argument, argument, arguments_of
+from alignment.runtime.arguments import build_parser, read_json_object
+from alignment.runtime.faults import UsageError
+
+STAGES = ("ppo", "rm", "sft")
+EVAL_MODES = ("", "single", "tensor_parallel")
+_MISSPELT = 0.9  # likeness from which an unknown key is taken for a slip of the pen
+_OWN, _MODEL, _BATCH, _MEMORY, _LAYOUT = "Plan", "Model", "Batches and lengths", "Memory", "Parallelism"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command itself."""
+
+    processes: int = field(metadata={"help": "Processes of the job, one device each.", "group": _OWN, "ge": 1})
+    device_memory_gb: float = argument(80.0, "Memory of one device, in GB of 1e9 bytes.", group=_OWN, gt=0)
+    stage: str | None = argument(
+        None, "Which script the file is for; default: ppo where it names an actor.", group=_OWN, choices=STAGES
+    )
+    model_config: str | None = argument(
+        None, "config.json, or its directory, that stands for the model of the argument file.", group=_OWN
+    )
+    reward_model_config: str | None = argument(
+        None, "The same for the reward model (ppo), and for a critic that starts from it.", group=_OWN
+    )
+    markdown: bool = argument(False, "Print Markdown.", group=_OWN)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The stage's arguments that matter, as PaddleNLP and the stages name them."""
+
+    model_name_or_path: str | None = argument(None, "sft, rm: the model.", group=_MODEL)
+    actor_model_name_or_path: str | None = argument(None, "ppo: the policy.", group=_MODEL)
+    reward_model_name_or_path: str | None = argument(None, "ppo: the reward model.", group=_MODEL)
+    reward_critic_model_name_or_path: str | None = argument(None, "ppo: start of the critic.", group=_MODEL)
+
+    max_length: int = argument(2048, "Longest sample.", group=_BATCH, ge=2)
+    max_prompt_len: int | None = argument(
+        None, "ppo: longest prompt; default: max_length.", group=_BATCH, ge=1, aliases=("max_src_len",)
+    )
+    max_new_tokens: int | None = argument(
+        None, "ppo: longest answer; default: max_length.", group=_BATCH, ge=1, aliases=("max_dec_len",)
+    )
+    per_device_train_batch_size: int = argument(8, "Rows of a micro-batch.", group=_BATCH, ge=1)
+    gradient_accumulation_steps: int = argument(1, "Micro-batches of an optimizer step.", group=_BATCH, ge=1)
+    per_device_eval_batch_size: int = argument(8, "Rows sampled, scored or evaluated at once.", group=_BATCH, ge=1)
+    per_device_prompt_batch_size: int = argument(16, "ppo: prompts of an iteration.", group=_BATCH, ge=1)
+    num_return_sequences: int = argument(1, "ppo: answers per prompt.", group=_BATCH, ge=1, aliases=("rollout_n",))
+    ptx_coeff: float = argument(0.0, "ppo: above 0, texts are learnt too.", group=_BATCH, ge=0)
+
+    bf16: bool = argument(False, "Compute in bfloat16.", group=_MEMORY)
+    fp16_opt_level: str = argument("O1", "O2 keeps the weights in bfloat16.", group=_MEMORY, choices=("O1", "O2"))
+    recompute: bool = argument(False, "Keep only what layers hand on.", group=_MEMORY)
+    critic_recompute: bool | None = argument(None, "Default: recompute.", group=_MEMORY)
+    num_layers_unfrozen: int | None = argument(None, "Trained upper layers; -1: all.", group=_MEMORY, ge=-1)
+    critic_num_layers_unfrozen: int | None = argument(
+        None, "Default: num_layers_unfrozen.", group=_MEMORY, ge=-1
+    )
+    eval_mode: str | None = argument(
+        None, "ppo: layout of a second copy of the actor that samples.", group=_MEMORY, choices=EVAL_MODES
+    )
+
+    tensor_parallel_degree: int = argument(-1, "Ranks that share each matrix.", group=_LAYOUT)
+    pipeline_parallel_degree: int = argument(-1, "Ranks that share the layers.", group=_LAYOUT)
+    sharding_parallel_degree: int = argument(
+        -1, "Ranks that share the optimizer; -1: all left.", group=_LAYOUT, aliases=("sharding_degree",)
+    )
+    sharding: str = argument("", "What they share (ZeRO).", group=_LAYOUT, choices=SHARDING_STAGES)
+    sequence_parallel: bool = argument(False, "Also split what lies between the matrices.", group=_LAYOUT)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Sizes:
+        """From all arguments of a stage, by name, as a run has them; those that the stage does not have stay unset."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+def read_arguments(argv: Sequence[str], program: str | None = None) -> tuple[Options, Sizes]:
+    """From `ARGUMENTS.json --key value ...`; the command line wins.
+
+    Other keys of the file are left to the run, which checks them all; on the command line they are refused.
+
+    Raises: UsageError in one line: where, key, value, what is allowed.
+    """
+    words = list(argv)
+    file = words.pop(0) if words and not words[0].startswith("-") else None
+    options, sizes = ({a.name: a for a in arguments_of(kind)} for kind in (Options, Sizes))
+    known = options | sizes
+    given = _read_file(file, sizes) if file else {}
+    parsed, rest = build_parser(known, program).parse_known_args(words)
+    if rest:
+        raise UsageError(f"command line: {rest[0]}: nothing that the plan reads; --help lists what it does")
+    given |= {name: (f"command line: --{name}", _read_text(known[name], raw)) for name, raw in vars(parsed).items()}
+    values = {name: _check(known[name], value, source) for name, (source, value) in given.items()}
+    if "processes" not in values:
+        raise UsageError(f"command line: --processes: required ({options['processes'].help})")
+    return Options(**{n: v for n, v in values.items() if n in options}), Sizes.of(values)

@@ -1,0 +1,44 @@
+"""Log-probabilities and entropies of a vocabulary that is divided over tensor-parallel processes.
+
+Each holds the logits of V / T consecutive tokens and never sees the others': what travels is a number a row.
+"""
+
+from __future__ import annotations
+
+import paddle
+import paddle.distributed as dist
+
+from alignment.parallel.collectives import SumOverTensorGroup
+from alignment.parallel.topology import topology
+
+
+def split_log_probs(logits: paddle.Tensor, ids: paddle.Tensor, temperature: float = 1.0) -> paddle.Tensor:
+    """log softmax(logits / temperature)[ids] in float32.
+
+    Args: logits: [n, V / T], this process's columns; ids: int64 [n], of the whole vocabulary.
+    Returns: float32 [n], the same on every process of the tensor-parallel group.
+    """
+    logits = logits.astype("float32") / temperature
+    width = logits.shape[-1]
+    local = ids - topology().tensor_rank * width
+    mine = (local >= 0) & (local < width)
+    chosen = paddle.take_along_axis(logits, local.clip(0, width - 1).unsqueeze(-1), axis=-1).squeeze(-1)
+    chosen = paddle.where(mine, chosen, paddle.zeros_like(chosen))
+    return SumOverTensorGroup.apply(chosen) - _log_sum_exp(logits)
+
+
+def split_entropy(logits: paddle.Tensor, temperature: float = 1.0) -> paddle.Tensor:
+    """Entropy in nats of softmax(logits / temperature), float32 [n]; arguments as ``split_log_probs``.
+
+    H = log Z - sum p z, whose sum is over all columns.
+    """
+    logits = logits.astype("float32") / temperature
+    total = _log_sum_exp(logits)
+    probs = (logits - total.unsqueeze(-1)).exp()
+    return total - SumOverTensorGroup.apply((probs * logits).sum(-1))
+
+
+def _log_sum_exp(logits: paddle.Tensor) -> paddle.Tensor:
+    largest = logits.detach().max(-1)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=topology().group("tensor"))
+    return largest + SumOverTensorGroup.apply((logits - largest.unsqueeze(-1)).exp().sum(-1)).log()
