@@ -13,6 +13,7 @@ import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 
+from alignment.parallel.gloo import meet
 from alignment.parallel.topology import topology
 
 BUCKET_ELEMENTS = 16 * 1024 * 1024  # tensors travel in flat buffers of at most about so many elements
@@ -20,8 +21,10 @@ BUCKET_ELEMENTS = 16 * 1024 * 1024  # tensors travel in flat buffers of at most 
 
 def barrier() -> None:
     """Wait for every process of the job."""
-    if topology().layout.processes > 1:
-        dist.barrier()
+    everyone = topology().group("world")
+    if everyone is not None:
+        meet(everyone)
+        dist.barrier(everyone)
 
 
 def gather_objects(item: object, group: str = "data") -> list:
@@ -29,6 +32,7 @@ def gather_objects(item: object, group: str = "data") -> list:
     members = topology().group(group)
     if members is None:
         return [item]
+    meet(members)
     gathered: list = []
     dist.all_gather_object(gathered, item, group=members)
     return gathered
@@ -49,6 +53,7 @@ def sum_tensors(tensors: Iterable[paddle.Tensor], group: str) -> None:
     members = topology().group(group)
     if members is None:
         return
+    meet(members)
     for bucket in buckets(tensors):
         flat = flatten(bucket)
         dist.all_reduce(flat, group=members)

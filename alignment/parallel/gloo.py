@@ -1,4 +1,4 @@
-"""What Paddle's fleet lacks on CPUs, supplied from outside: every patch of Paddle in this toolkit stands here.
+"""What Paddle's fleet and gloo lack on CPUs, supplied from outside: every patch of Paddle stands here.
 
 Found with paddlepaddle 3.3.1. ``prepare`` is called for CPU jobs only; on GPUs Paddle's own kernels and NCCL serve.
 Each patch says what it is for; one whose reason is gone in a later Paddle can be deleted alone.
@@ -7,7 +7,9 @@ Each patch says what it is for; one whose reason is gone in a later Paddle can b
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+from multiprocessing.connection import Client, Listener
 from typing import Any
 
 import paddle
@@ -19,17 +21,17 @@ from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.utils import sequence_parallel_utils
 from paddle.distributed.parallel import ParallelEnv
 
-PORT_TRIES = 20
 STORE_TIMEOUT_SECONDS = 300
 _default_group_impl = collective._new_process_group_impl
 _stores: list[Any] = []  # a group's connections live as long as its store
+_meetings: dict[int, _Meeting] = {}  # by group id
 
 
 def prepare() -> None:
     """Patch Paddle for tensor and pipeline parallelism over gloo; calling it again changes nothing."""
     # ParallelEnv.device_id is read by fleet and never set on CPUs.
     ParallelEnv._device_id = 0
-    # Every gloo group meets through the keys "0", "1", ... of one store: with four ranks, groups mistake each other's.
+    # Gloo groups find their members by the keys "0", "1", ... of one store: from four ranks on they mistake them.
     collective._new_process_group_impl = _new_process_group
     # c_identity, c_split, c_concat and the in-place all-reduce on the "calc stream" have no CPU kernel.
     mp_ops.c_identity_eager = _Identity
@@ -40,37 +42,75 @@ def prepare() -> None:
     sequence_parallel_utils.reduce_scatter = _reduce_scatter
 
 
+def meet(group: Any) -> None:
+    """Wait for the other members of a gloo group, however late they are; does nothing for another backend.
+
+    Gloo's operations fail for good after 30 seconds without an answer, and that limit cannot be set: whoever may have
+    to wait longer for a peer's work (its rollout, its layers, its disk) meets it here first.
+    """
+    meeting = _meetings.get(group.id)
+    if meeting is not None:
+        meeting()
+
+
 def _new_process_group(
     backend: str, store: Any, rank: int, world_size: int, group_name: str, pg_options: Any, group_id: int = 0, **more: Any
 ) -> Any:
-    """A gloo group with a store of its own, which its first rank opens where the launcher placed that rank."""
-    if backend != "gloo" or group_id == 0:
+    """A gloo group with a store of its own, opened by the group's first rank on its host."""
+    if backend != "gloo":
         return _default_group_impl(backend, store, rank, world_size, group_name, pg_options, group_id, **more)
-    # The id alone is not enough: disjoint groups are formed at the same time, and share it where a rank skips some.
-    key = f"gloo_store/{group_name}/{group_id}"
-    if rank == 0:
-        host = (os.environ.get("PADDLE_CURRENT_ENDPOINT") or "127.0.0.1").rsplit(":", 1)[0]
-        port, own = _open_store(host)
-        store.set(key, f"{host}:{port}")
-    else:
-        host, _, port = store.get(key).decode().rpartition(":")
-        own = core.TCPStore(host, int(port), False, 1, STORE_TIMEOUT_SECONDS)
+    # All members see the same group id: ranks outside a group count it too.
+    own = _own_store(store, f"group_store/{group_id}", rank == 0)
     _stores.append(own)
+    _meetings[group_id] = _Meeting(store, f"group_meeting/{group_id}", rank, world_size)
     return core.ProcessGroupGloo.create(own, rank, world_size, group_id)
 
 
-def _open_store(host: str) -> tuple[int, Any]:
-    """A store that listens, and its port: another process may take a free port before we do, so we try some."""
-    for attempt in range(PORT_TRIES):
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        try:
-            return port, core.TCPStore(host, port, True, 1, STORE_TIMEOUT_SECONDS)
-        except (RuntimeError, ValueError, OSError):
-            if attempt == PORT_TRIES - 1:
-                raise
-    raise AssertionError("unreachable")
+def _own_store(store: Any, key: str, opens: bool) -> Any:
+    """A new store, whose address one member publishes in the job's ``store``.
+
+    TCPStore takes no port 0, and a port that somebody else took meanwhile kills the process: a socket that is bound
+    but does not listen reserves one until the store has bound it too (both set SO_REUSEADDR).
+    """
+    if not opens:
+        host, _, port = store.get(key).decode().rpartition(":")
+        return core.TCPStore(host, int(port), False, 1, STORE_TIMEOUT_SECONDS)
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        port = holder.getsockname()[1]
+        own = core.TCPStore(_host(), port, True, 1, STORE_TIMEOUT_SECONDS)
+    store.set(key, f"{_host()}:{port}")
+    return own
+
+
+def _host() -> str:
+    """The address at which the launcher made this process known to the others."""
+    return (os.environ.get("PADDLE_CURRENT_ENDPOINT") or "127.0.0.1").rsplit(":", 1)[0]
+
+
+class _Meeting:
+    """A star of connections: everybody tells the first member that it has come, and is told when all have."""
+
+    def __init__(self, store: Any, key: str, rank: int, size: int) -> None:
+        if rank == 0:
+            secret = secrets.token_hex(16)
+            with Listener((_host(), 0), backlog=size, authkey=secret.encode()) as listener:
+                store.set(key, f"{_host()}:{listener.address[1]}:{secret}")
+                self.others = [listener.accept() for _ in range(size - 1)]
+        else:
+            host, port, secret = store.get(key).decode().rsplit(":", 2)
+            self.others = [Client((host, int(port)), authkey=secret.encode())]
+        self.is_host = rank == 0
+
+    def __call__(self) -> None:
+        if not self.is_host:
+            self.others[0].send_bytes(b"here")
+        for other in self.others:
+            other.recv_bytes()
+        if self.is_host:
+            for other in self.others:
+                other.send_bytes(b"all")
 
 
 class _Identity(PyLayer):

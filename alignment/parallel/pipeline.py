@@ -15,6 +15,7 @@ import paddle
 import paddle.distributed as dist
 
 from alignment.parallel.collectives import from_last_stage, gather_objects
+from alignment.parallel.gloo import meet
 from alignment.parallel.topology import topology
 
 # (input_ids, attention_mask, what the stage before gave or None) -> hidden states [B, L, H]
@@ -103,7 +104,7 @@ class Pipeline:
             if not sent.stop_gradient:
                 sent.backward()
         elif not sent.stop_gradient:
-            paddle.autograd.backward([sent], [self._receive(micro, +1)])
+            paddle.autograd.backward([sent], [self._receive(micro, +1).astype(sent.dtype)])
         if received is None or not self.gradient_leaves:
             return None
         return received.grad
@@ -125,13 +126,22 @@ class Pipeline:
 
 def send(tensor: paddle.Tensor, direction: int) -> None:
     """Give a tensor to the next (+1) or the previous (-1) stage, which must ``receive`` it."""
-    group = topology().group("pipe")
-    dist.send(tensor.detach().contiguous(), dst=group.ranks[topology().stage + direction], group=group)
+    group, peer = _neighbour(direction)
+    meet(group)
+    dist.send(tensor.detach().contiguous(), dst=peer, group=group)
 
 
 def receive(shape: list[int], dtype: str, direction: int) -> paddle.Tensor:
     """Take what the next (+1) or the previous (-1) stage sends."""
-    group = topology().group("pipe")
+    group, peer = _neighbour(direction)
     tensor = paddle.empty(shape, dtype=dtype)
-    dist.recv(tensor, src=group.ranks[topology().stage + direction], group=group)
+    meet(group)
+    dist.recv(tensor, src=peer, group=group)
     return tensor
+
+
+def _neighbour(direction: int) -> tuple[Any, int]:
+    """The group of this stage and a neighbour, and the neighbour's rank in the job."""
+    place = topology()
+    pipe = place.group("pipe")
+    return place.group("next" if direction > 0 else "previous"), pipe.ranks[place.stage + direction]

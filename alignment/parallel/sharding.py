@@ -13,6 +13,7 @@ import paddle
 import paddle.distributed as dist
 
 from alignment.parallel.collectives import buckets, flatten, unflatten
+from alignment.parallel.gloo import meet
 from alignment.parallel.topology import topology
 
 
@@ -43,6 +44,7 @@ class Shards:
     def collect_gradients(self) -> None:
         """Stage 2: send the gradients of the latest backward pass to their owners and forget them here."""
         group = topology().group("sharding")
+        meet(group)
         for member, parameters in enumerate(self.by_owner):
             for bucket in buckets(parameters):
                 flat = flatten([p.grad if p.grad is not None else paddle.zeros_like(p) for p in bucket])
@@ -64,6 +66,7 @@ class Shards:
         group = topology().group("sharding")
         if group is None:
             return
+        meet(group)
         for member, parameters in enumerate(self.by_owner):
             for bucket in buckets(parameters):
                 flat = flatten(bucket)

@@ -22,10 +22,11 @@ from alignment.parallel.layout import Layout
 class Topology:
     """This process's coordinates and groups (paddle.distributed.Group; None where the process would be alone in it).
 
-    data: processes with the same part of the model and different samples (data x sharding), in the samples' order;
-    tensor: those that share each matrix; pipe: the stages of one model; model: tensor x pipe, all that work on the
+    world: all processes; data: those with the same part of the model and different samples (data x sharding), in the
+    samples' order; tensor: those that share each matrix; pipe: the stages of one model; model: tensor x pipe, all that work on the
     same samples; sharding: those that split an optimizer; replica: those that hold the same part of it;
-    ends: the first and the last stage, which share a tied embedding.
+    next, previous: this stage and its neighbour (gloo counts messages by group, so that only a group of two can send
+    and receive); ends: the first and the last stage, which share a tied embedding.
     """
 
     layout: Layout = Layout()
@@ -98,9 +99,10 @@ def _locate(layout: Layout, rank: int, fleet_groups: Any) -> Topology:
         "pipe": fleet_groups.get_pipe_parallel_group(),
         "sharding": fleet_groups.get_sharding_parallel_group(),
         "replica": fleet_groups.get_data_parallel_group(),
+        "world": _group_along(coordinates, rank, lambda d, p, s, t: ()),
         "data": _group_along(coordinates, rank, lambda d, p, s, t: (p, t)),
         "model": _group_along(coordinates, rank, lambda d, p, s, t: (d, s)),
-        "ends": _ends_group(layout, coordinates, rank),
+        **_stage_groups(layout, coordinates, rank),
     }
     alone = {name: group for name, group in groups.items() if group is not None and group.nranks > 1}
     return Topology(layout, data * layout.sharding + shard, stage, shard, tensor, alone)
@@ -117,14 +119,20 @@ def _group_along(coordinates: list[tuple[int, ...]], rank: int, key: Any) -> Any
     return mine
 
 
-def _ends_group(layout: Layout, coordinates: list[tuple[int, ...]], rank: int) -> Any:
-    if layout.pipeline < 2:
-        return None
-    ends = {0, layout.pipeline - 1}
-    mine = None
-    for value in dict.fromkeys((d, s, t) for d, _, s, t in coordinates):
-        ranks = [r for r, (d, p, s, t) in enumerate(coordinates) if (d, s, t) == value and p in ends]
-        group = dist.new_group(ranks)
-        if rank in ranks:
-            mine = group
+def _stage_groups(layout: Layout, coordinates: list[tuple[int, ...]], rank: int) -> dict[str, Any]:
+    """The groups of two stages of one pipeline: neighbours, and both ends."""
+    mine: dict[str, Any] = {}
+    last = layout.pipeline - 1
+    for data, shard, tensor in dict.fromkeys((d, s, t) for d, _, s, t in coordinates):
+        ranks = [coordinates.index((data, stage, shard, tensor)) for stage in range(layout.pipeline)]
+        for stage in range(last):
+            group = dist.new_group(ranks[stage : stage + 2])
+            if rank == ranks[stage]:
+                mine["next"] = group
+            if rank == ranks[stage + 1]:
+                mine["previous"] = group
+        if last > 0:
+            group = dist.new_group([ranks[0], ranks[last]])
+            if rank in (ranks[0], ranks[last]):
+                mine["ends"] = group
     return mine

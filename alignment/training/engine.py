@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import paddle
-import paddle.distributed as dist
 from paddle.distributed.fleet.utils.sequence_parallel_utils import is_sequence_parallel_parameter
 from paddlenlp.trainer.trainer_utils import get_scheduler
 
@@ -121,6 +120,7 @@ class TrainingEngine:
             self.shards.collect_gradients()
         return reports
 
+    @paddle.no_grad()
     def step(self) -> dict[str, float]:
         """Sum gradients over processes, clip, update. Returns {"grad_norm", "lr"} of this step.
 
@@ -175,8 +175,7 @@ class TrainingEngine:
         for parameter in self.parameters:
             if parameter.name in gradients and counted and self._counts(parameter):
                 squares += gradients[parameter.name].astype("float32").square().sum()
-        if place.layout.processes > 1:
-            dist.all_reduce(squares)
+        sum_tensors([squares], "world")
         return float(squares) ** 0.5
 
     def _counts(self, parameter: paddle.Tensor) -> bool:

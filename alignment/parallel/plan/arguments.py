@@ -7,9 +7,8 @@ A test compares the two.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from alignment.parallel.plan.layout import SHARDING_STAGES
@@ -18,6 +17,7 @@ from alignment.runtime.arguments import build_parser, read_json_object
 from alignment.runtime.faults import UsageError
 
 STAGES = ("ppo", "rm", "sft")
+EVALUATION = ("no", "steps", "epoch")
 EVAL_MODES = ("", "single", "tensor_parallel")
 _MISSPELT = 0.9  # likeness from which an unknown key is taken for a slip of the pen
 _OWN, _MODEL, _BATCH, _MEMORY, _LAYOUT = "Plan", "Model", "Batches and lengths", "Memory", "Parallelism"
@@ -62,6 +62,7 @@ class Sizes:
     per_device_eval_batch_size: int = argument(8, "Rows sampled, scored or evaluated at once.", group=_BATCH, ge=1)
     per_device_prompt_batch_size: int = argument(16, "ppo: prompts of an iteration.", group=_BATCH, ge=1)
     num_return_sequences: int = argument(1, "ppo: answers per prompt.", group=_BATCH, ge=1, aliases=("rollout_n",))
+    evaluation_strategy: str = argument("no", "sft, rm: when to evaluate.", group=_BATCH, choices=EVALUATION)
     ptx_coeff: float = argument(0.0, "ppo: above 0, texts are learnt too.", group=_BATCH, ge=0)
 
     bf16: bool = argument(False, "Compute in bfloat16.", group=_MEMORY)
@@ -78,9 +79,8 @@ class Sizes:
 
     tensor_parallel_degree: int = argument(-1, "Ranks that share each matrix.", group=_LAYOUT)
     pipeline_parallel_degree: int = argument(-1, "Ranks that share the layers.", group=_LAYOUT)
-    sharding_parallel_degree: int = argument(
-        -1, "Ranks that share the optimizer; -1: all left.", group=_LAYOUT, aliases=("sharding_degree",)
-    )
+    sharding_parallel_degree: int = argument(-1, "Ranks that share the optimizer; -1: all left.", group=_LAYOUT)
+    sharding_degree: int = argument(-1, "An older name of it.", group=_LAYOUT)
     sharding: str = argument("", "What they share (ZeRO).", group=_LAYOUT, choices=SHARDING_STAGES)
     sequence_parallel: bool = argument(False, "Also split what lies between the matrices.", group=_LAYOUT)
 
@@ -105,8 +105,28 @@ def read_arguments(argv: Sequence[str], program: str | None = None) -> tuple[Opt
     parsed, rest = build_parser(known, program).parse_known_args(words)
     if rest:
         raise UsageError(f"command line: {rest[0]}: nothing that the plan reads; --help lists what it does")
-    given |= {name: (f"command line: --{name}", _read_text(known[name], raw)) for name, raw in vars(parsed).items()}
+    given |= {name: (f"command line: --{name}", known[name].read_text(raw)) for name, raw in vars(parsed).items()}
     values = {name: _check(known[name], value, source) for name, (source, value) in given.items()}
     if "processes" not in values:
         raise UsageError(f"command line: --processes: required ({options['processes'].help})")
     return Options(**{n: v for n, v in values.items() if n in options}), Sizes.of(values)
+
+
+def _read_file(file: str, known: Mapping[str, Argument]) -> dict[str, tuple[str, Any]]:
+    """{name: (where it was given, value)} of the known keys; a key that nearly is one is an error, not another key."""
+    names = {alias: argument.name for argument in known.values() for alias in (argument.name, *argument.aliases)}
+    given = {}
+    for key, value in read_json_object(file).items():
+        source = f'{file}: "{key}"'
+        if key in names:
+            given[names[key]] = (source, value)
+        elif near := difflib.get_close_matches(key, names, n=1, cutoff=_MISSPELT):
+            raise UsageError(f'{source}: unknown key (did you mean "{near[0]}"?)')
+    return given
+
+
+def _check(argument: Argument, value: Any, source: str) -> Any:
+    try:
+        return argument.check(value)
+    except ValueError as fault:
+        raise UsageError(f"{source}: {fault}") from None

@@ -35,7 +35,8 @@ def resolve_layout(values: Mapping[str, Any], processes: int) -> Layout:
             f'"tensor_parallel_degree" {tensor} * "pipeline_parallel_degree" {pipeline} must divide the {processes} '
             "processes"
         )
-    stage, degree = SHARDING_STAGES.index(values["sharding"]), values["sharding_parallel_degree"]
+    stage = SHARDING_STAGES.index(values["sharding"])
+    degree = max(values["sharding_parallel_degree"], values["sharding_degree"])
     if degree > 1 and not stage:
         raise UsageError(f'"sharding_parallel_degree": {degree} needs "sharding": "stage1" (or stage2, stage3)')
     sharding = 1 if not stage else degree if degree > 0 else left

@@ -1,0 +1,137 @@
+"""The models of a stage, and what of each one rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from alignment.parallel.plan.arguments import Sizes
+from alignment.parallel.plan.layout import Layout, check_model, layers_of_stage
+from alignment.parallel.plan.shapes import ModelShape, find_config, read_shape
+from alignment.runtime.faults import UsageError
+
+ACTOR, CRITIC, REWARD, MODEL = (
+    "actor_model_name_or_path",
+    "reward_critic_model_name_or_path",
+    "reward_model_name_or_path",
+    "model_name_or_path",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a stage. Counts are of parameters on one rank of a pipeline stage.
+
+    scores: it ends in a score head [H, 1] instead of a language-model head.
+    unfrozen: trained upper layers; None: everything is trained. Means nothing where ``trained`` is False.
+    """
+
+    name: str
+    shape: ModelShape
+    scores: bool
+    trained: bool
+    unfrozen: int | None = None
+    recompute: bool = False
+
+    def layers(self, layout: Layout, stage: int) -> range:
+        """Layers of the stage."""
+        return layers_of_stage(self.shape.num_hidden_layers, layout.pipeline, stage)
+
+    def trained_layers(self, layout: Layout, stage: int) -> int:
+        """How many layers of the stage are trained."""
+        layers = self.layers(layout, stage)
+        if not self.trained or self.unfrozen is None:
+            return len(layers) * self.trained
+        frozen = self.shape.num_hidden_layers - self.unfrozen
+        return len(range(max(layers.start, frozen), layers.stop))
+
+    def parameters(self, layout: Layout, stage: int) -> int:
+        """The layers of the stage; on stage 0 the embedding; on the last one final norm and head.
+
+        A tied head is the embedding itself, so a last stage that is not also the first holds a copy.
+        """
+        embeddings = (stage == 0) + self._has_head_matrix(layout, stage)
+        return self._count(layout, stage, len(self.layers(layout, stage)), embeddings)
+
+    def trained_parameters(self, layout: Layout, stage: int) -> int:
+        """Those with a gradient: the trained layers, final norm and a head of its own, or everything."""
+        if not self.trained or self.unfrozen is None:
+            return self.parameters(layout, stage) * self.trained
+        own_head = self._has_head_matrix(layout, stage) and not self.shape.tie_word_embeddings
+        return self._count(layout, stage, self.trained_layers(layout, stage), int(own_head))
+
+    def largest_unit(self, layout: Layout) -> int:
+        """A layer, or the embedding: what ZeRO stage 3 gathers at a time."""
+        return max(self.shape.layer_parameters(layout.tensor), self.shape.embedding_parameters(layout.tensor))
+
+    def _has_head_matrix(self, layout: Layout, stage: int) -> bool:
+        is_last = stage == layout.pipeline - 1
+        return is_last and not self.scores and (layout.pipeline > 1 or not self.shape.tie_word_embeddings)
+
+    def _count(self, layout: Layout, stage: int, layers: int, embeddings: int) -> int:
+        shape = self.shape
+        last = (shape.hidden_size * (1 + self.scores)) * (stage == layout.pipeline - 1)
+        each, ends = shape.layer_parameters(layout.tensor), shape.embedding_parameters(layout.tensor)
+        return layers * each + embeddings * ends + last
+
+
+def models_of(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], layout: Layout) -> tuple[Model, ...]:
+    """The models that the stage holds at once, trained ones first.
+
+    Args: shapes: by argument, as ``find_shapes`` gives them.
+    Raises: UsageError for a model that the layout cannot divide, or more unfrozen layers than it has.
+    """
+    for key, shape in shapes.items():
+        check_model(key, shape, layout)
+    if stage != "ppo":
+        unfrozen = _unfrozen("num_layers_unfrozen", sizes.num_layers_unfrozen, shapes[MODEL])
+        return (Model("model", shapes[MODEL], stage == "rm", True, unfrozen, sizes.recompute),)
+    recompute, unfrozen = sizes.critic_recompute, sizes.critic_num_layers_unfrozen
+    recompute = sizes.recompute if recompute is None else recompute
+    unfrozen = sizes.num_layers_unfrozen if unfrozen is None else unfrozen
+    actor_unfrozen = _unfrozen("num_layers_unfrozen", sizes.num_layers_unfrozen, shapes[ACTOR])
+    critic_unfrozen = _unfrozen("critic_num_layers_unfrozen", unfrozen, shapes[CRITIC])
+    models = [
+        Model("actor", shapes[ACTOR], False, True, actor_unfrozen, sizes.recompute),
+        Model("critic", shapes[CRITIC], True, True, critic_unfrozen, recompute),
+        Model("reference", shapes[ACTOR], False, False),
+    ]
+    if REWARD in shapes:
+        models.append(Model("reward", shapes[REWARD], True, False))
+    return tuple(models)
+
+
+def _unfrozen(key: str, layers: int | None, shape: ModelShape) -> int | None:
+    if layers is not None and layers > shape.num_hidden_layers:
+        raise UsageError(f'"{key}": {layers} is more than the model\'s {shape.num_hidden_layers} layers')
+    return None if layers == -1 else layers
+
+
+def find_shapes(
+    stage: str, sizes: Sizes, model_config: str | None = None, reward_config: str | None = None
+) -> dict[str, ModelShape]:
+    """Shapes by the argument that names the model.
+
+    model_config stands for the policy (or the one model), reward_config for the reward model and a critic that starts
+    from it. A reward model or critic that is not on this machine is taken to have the policy's shape.
+
+    Raises: UsageError if the policy's shape cannot be told, or a config.json is no good.
+    """
+    key = ACTOR if stage == "ppo" else MODEL
+    name = getattr(sizes, key)
+    source = model_config or (name and find_config(name))
+    if not source:
+        here = f"{name!r} is not on this machine" if name else "not given"
+        raise UsageError(f'"{key}": {here}; name a config.json of the same sizes with --model_config')
+    shapes = {key: read_shape(source)}
+    if stage == "ppo":
+        reward, critic = sizes.reward_model_name_or_path, sizes.reward_critic_model_name_or_path
+        if reward or reward_config:
+            shapes[REWARD] = _shape_or(reward_config or find_config(reward), shapes[ACTOR])
+        own = critic if critic != reward else None
+        shapes[CRITIC] = _shape_or(own and find_config(own), shapes[ACTOR if own else REWARD if REWARD in shapes else ACTOR])
+    return shapes
+
+
+def _shape_or(source: object, other: ModelShape) -> ModelShape:
+    return read_shape(source) if source else other

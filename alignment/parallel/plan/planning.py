@@ -1,0 +1,158 @@
+"""The plan of a run: does it fit, and if not, what would help?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from alignment.parallel.plan.activations import precision_of
+from alignment.parallel.plan.arguments import Sizes
+from alignment.parallel.plan.layout import SHARDING_STAGES, Layout, resolve_layout
+from alignment.parallel.plan.memory import Memory, memory_of
+from alignment.parallel.plan.models import Model, models_of
+from alignment.parallel.plan.setting import Setting
+from alignment.parallel.plan.shapes import ModelShape
+from alignment.parallel.plan.traffic import Traffic, traffic_of
+from alignment.runtime.faults import UsageError
+
+GB = 1e9
+_MOST_REMEDIES = 3
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Options that change the plan, as they are written on the command line, and the most memory then, in GB."""
+
+    options: str
+    needed_gb: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs; estimates of tensors alone.
+
+    Attributes:
+        stage: "ppo", "rm" or "sft".
+        processes: how many, one device each; device_memory_gb: what a device has.
+        layout, sizes, models: what was planned for.
+        memory: bytes on a rank, for every phase and pipeline stage.
+        traffic: bytes a rank sends, for every pipeline stage.
+        remedies: if it does not fit, changes after which it does, or else the one that helps most.
+    """
+
+    stage: str
+    processes: int
+    device_memory_gb: float
+    layout: Layout
+    sizes: Sizes
+    models: tuple[Model, ...]
+    memory: tuple[Memory, ...]
+    traffic: tuple[Traffic, ...]
+    remedies: tuple[Remedy, ...] = ()
+
+    @property
+    def largest(self) -> Memory:
+        """The phase and pipeline stage that need most."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+    @property
+    def needed_gb(self) -> float:
+        """Memory of ``largest``, in GB."""
+        return self.largest.total / GB
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_gb <= self.device_memory_gb
+
+    def verdict(self) -> str:
+        """One line: how much is needed where, and what would help if that is too much."""
+        where = f"{self.largest.phase}" + (f" on pipeline stage {self.largest.stage}" * (self.layout.pipeline > 1))
+        need = f"{where} needs {self.needed_gb:.1f} GB of a device's {self.device_memory_gb:g}"
+        if self.fits:
+            return f"fits: {need}, the most of all phases"
+        options = "; ".join(f"{remedy.options} ({remedy.needed_gb:.1f} GB)" for remedy in self.remedies)
+        if not options:
+            return f"does not fit: {need}; use more processes or a smaller model"
+        if self.remedies[0].needed_gb <= self.device_memory_gb:
+            return f"does not fit: {need}; enough would be {options}"
+        return f"does not fit: {need}; what helps most, but not enough: {options}; use more processes as well"
+
+
+def plan(
+    stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], processes: int, device_memory_gb: float = 80.0
+) -> Plan:
+    """The plan of a stage; nothing is loaded and no process is joined.
+
+    Args:
+        stage: "ppo", "rm" or "sft".
+        sizes: of the stage's arguments; ``Sizes.of`` takes them from all arguments by name.
+        shapes: of the models, by the argument that names them; ``find_shapes`` reads them.
+        processes: of the job, one device each.
+        device_memory_gb: of one device, in GB of 1e9 bytes.
+    Raises: UsageError if layout, processes and models do not go together.
+    """
+    found = _estimate(stage, sizes, shapes, processes, device_memory_gb)
+    if found.fits:
+        return found
+    tried = [remedy for ladder in _ladders(found) for remedy in _climb(found, ladder, shapes)]
+    tried.sort(key=lambda remedy: remedy.needed_gb)
+    enough = [remedy for remedy in tried if remedy.needed_gb <= device_memory_gb]
+    best = [remedy for remedy in tried[:1] if remedy.needed_gb < found.needed_gb]
+    return replace(found, remedies=tuple(enough[:_MOST_REMEDIES] or best))
+
+
+def _estimate(
+    stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], processes: int, device_memory_gb: float
+) -> Plan:
+    layout = resolve_layout(asdict(sizes), processes)
+    models = models_of(stage, sizes, shapes, layout)
+    setting = Setting(stage, sizes, layout, precision_of(sizes.bf16, sizes.fp16_opt_level), models)
+    memory, traffic = memory_of(setting), traffic_of(setting)
+    return Plan(stage, processes, device_memory_gb, layout, sizes, models, memory, traffic)
+
+
+def _climb(found: Plan, ladder: list[dict[str, Any]], shapes: Mapping[str, ModelShape]) -> Iterator[Remedy]:
+    """The first rung that fits, else the last that is possible."""
+    best = None
+    for rung in ladder:
+        try:
+            sizes = replace(found.sizes, **rung)
+            other = _estimate(found.stage, sizes, shapes, found.processes, found.device_memory_gb)
+        except UsageError:
+            continue
+        options = " ".join(f"--{name} {str(value).lower() if value is True else value}" for name, value in rung.items())
+        best = Remedy(options, other.needed_gb)
+        if other.fits:
+            break
+    if best:
+        yield best
+
+
+def _ladders(found: Plan) -> Iterator[list[dict[str, Any]]]:
+    """Changes of one kind, from mild to strong."""
+    sizes, layout = found.sizes, found.layout
+    if not sizes.recompute or sizes.critic_recompute is False:
+        both = {} if sizes.critic_recompute is None else {"critic_recompute": True}
+        yield [{"recompute": True, **both}]
+    if not (sizes.bf16 and sizes.fp16_opt_level == "O2"):
+        yield [{"bf16": True, "fp16_opt_level": "O2"}]
+    rows, steps = sizes.per_device_train_batch_size, sizes.gradient_accumulation_steps
+    yield [
+        {"per_device_train_batch_size": few, "gradient_accumulation_steps": rows * steps // few}
+        for few in _halves(rows)
+        if rows * steps % few == 0
+    ]
+    yield [{"per_device_eval_batch_size": few} for few in _halves(sizes.per_device_eval_batch_size)]
+    left = layout.data * layout.sharding
+    if left > 1:
+        stages = SHARDING_STAGES[1:] if layout.sharding < left else SHARDING_STAGES[layout.sharding_stage + 1 :]
+        yield [{"sharding": name, "sharding_parallel_degree": left} for name in stages]
+    for kind, degree in (("tensor", layout.tensor), ("pipeline", layout.pipeline)):
+        rest = {"sharding_parallel_degree": -1} if layout.sharding_stage else {}
+        yield [{f"{kind}_parallel_degree": degree * 2**n, **rest} for n in range(1, left.bit_length())]
+
+
+def _halves(count: int) -> list[int]:
+    """count / 2, count / 4, ... down to 1."""
+    return [count >> n for n in range(1, count.bit_length())]

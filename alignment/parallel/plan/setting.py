@@ -1,0 +1,73 @@
+"""What a stage runs at once: its models, their layout, and the passes that make up an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from alignment.parallel.plan.activations import Activations, Precision
+from alignment.parallel.plan.arguments import Sizes
+from alignment.parallel.plan.layout import Layout
+from alignment.parallel.plan.models import Model
+
+
+class Pass(NamedTuple):
+    """A micro-batch through one model; targets: tokens whose logits are computed, all columns of them."""
+
+    model: Model
+    activations: Activations
+    targets: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A stage on the ranks of a layout; ``models`` as ``models_of`` gives them, the policy first."""
+
+    stage: str
+    sizes: Sizes
+    layout: Layout
+    precision: Precision
+    models: tuple[Model, ...]
+
+    @property
+    def prompt_length(self) -> int:
+        """Longest prompt of ppo, in tokens."""
+        return self.sizes.max_prompt_len or self.sizes.max_length
+
+    @property
+    def answer_length(self) -> int:
+        """Longest answer of ppo, in tokens."""
+        return self.sizes.max_new_tokens or self.sizes.max_length
+
+    @property
+    def rollout_layout(self) -> Layout:
+        """Layout of the actor that samples: its own, or that of the copy that eval_mode asks for."""
+        if not self.sizes.eval_mode:
+            return self.layout
+        whole = replace(self.layout, pipeline=1, sharding_stage=0, sequence_parallel=False)
+        return replace(whole, tensor=1) if self.sizes.eval_mode == "single" else whole
+
+    def activations(self, model: Model, rows: int, length: int) -> Activations:
+        """Of ``rows`` sequences, or in reward modelling pairs, of ``length`` tokens."""
+        rows = 2 * rows if self.stage == "rm" else rows
+        return Activations(model.shape, self.layout, self.precision, rows, length)
+
+    def learning(self) -> Iterator[Pass]:
+        """The passes that a micro-batch of an optimizer step makes, each forward and backward."""
+        rows, longest, policy = self.sizes.per_device_train_batch_size, self.sizes.max_length, self.models[0]
+        if self.stage == "ppo":
+            both = self.prompt_length + self.answer_length
+            yield Pass(policy, self.activations(policy, rows, both), rows * self.answer_length)
+            yield Pass(self.models[1], self.activations(self.models[1], rows, both), 0)
+        if self.stage != "ppo" or self.sizes.ptx_coeff > 0:
+            targets = 0 if policy.scores else rows * longest
+            yield Pass(policy, self.activations(policy, rows, longest), targets)
+
+    def judging(self) -> Iterator[Pass]:
+        """The passes of ppo's scoring, and of rm's and sft's evaluation: forward only."""
+        rows = self.sizes.per_device_eval_batch_size
+        length = self.prompt_length + self.answer_length if self.stage == "ppo" else self.sizes.max_length
+        targets = rows * (self.answer_length if self.stage == "ppo" else length)
+        for model in self.models:
+            yield Pass(model, self.activations(model, rows, length), 0 if model.scores else targets)
