@@ -16,10 +16,11 @@ MASTER=${ADDRESSES[0]}:8765
 
 if [[ ${1:-} != --inside ]]; then
     as_root=()
-    ((EUID == 0)) || as_root=(--map-root-user)
+    ((EUID == 0)) || as_root=(unshare --map-root-user)
     trap 'kill -KILL "$namespaces"' EXIT
     trap 'exit 1' HUP INT TERM
-    unshare "${as_root[@]}" --net --pid --fork --kill-child --mount-proc bash "$0" --inside "$@" &
+    "${as_root[@]}" setpriv --pdeathsig KILL \
+        unshare --net --pid --fork --kill-child --mount-proc bash "$0" --inside "$@" &
     namespaces=$!
     wait "$namespaces"
     status=$?

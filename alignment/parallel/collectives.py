@@ -38,14 +38,20 @@ def gather_objects(item: object, group: str = "data") -> list:
     return gathered
 
 
-def from_last_stage(item: object) -> Any:
-    """What the last pipeline stage has, on every stage of the same model."""
-    return gather_objects(item if topology().is_last_stage else None, "pipe")[-1]
+def from_head(item: object, group: Any = None) -> Any:
+    """What the head (Topology.is_head) of a model's processes has, on all of them; default: of the group "model"."""
+    group = group or topology().group("model")
+    if group is None:
+        return item
+    meet(group)
+    box = [item]
+    dist.broadcast_object_list(box, src=head_of(group), group=group)
+    return box[0]
 
 
-def from_leader(item: object) -> Any:
-    """What the first process of those that work on the same samples has, on all of them."""
-    return gather_objects(item, "model")[0]
+def head_of(group: Any) -> int:
+    """The rank in the job of the head of a "model" or "tensor" group: the first of the last stage."""
+    return group.ranks[-topology().layout.tensor]
 
 
 def sum_tensors(tensors: Iterable[paddle.Tensor], group: str) -> None:

@@ -54,7 +54,14 @@ def meet(group: Any) -> None:
 
 
 def _new_process_group(
-    backend: str, store: Any, rank: int, world_size: int, group_name: str, pg_options: Any, group_id: int = 0, **more: Any
+    backend: str,
+    store: Any,
+    rank: int,
+    world_size: int,
+    group_name: str,
+    pg_options: Any,
+    group_id: int = 0,
+    **more: Any,
 ) -> Any:
     """A gloo group with a store of its own, opened by the group's first rank on its host."""
     if backend != "gloo":

@@ -37,7 +37,7 @@ def resolve_layout(values: Mapping[str, Any], processes: int) -> Layout:
     """The layout that the arguments ask for: data parallelism takes the processes that the other degrees leave.
 
     Args: values: tensor_parallel_degree, pipeline_parallel_degree, sharding_parallel_degree (or sharding_degree),
-        sharding and sequence_parallel, as in PaddleNLP; -1 stands for 1, or for all that is left if ``sharding`` is set.
+        sharding and sequence_parallel, as in PaddleNLP; -1 means 1, or all that is left if ``sharding`` is set.
     Raises: UsageError that says what would work.
     """
     tensor, pipeline = (max(1, values[f"{kind}_parallel_degree"]) for kind in ("tensor", "pipeline"))
@@ -45,12 +45,14 @@ def resolve_layout(values: Mapping[str, Any], processes: int) -> Layout:
     if processes % model:
         raise UsageError(
             f'"tensor_parallel_degree" {tensor} * "pipeline_parallel_degree" {pipeline} = {model} must divide the '
-            f"{processes} process{'es' if processes > 1 else ''} of the job; start a multiple of {model} or change a degree"
+            f"job's processes, of which there are {processes}; start a multiple of {model} or change a degree"
         )
     left = processes // model
     stage, sharding = _resolve_sharding(values, left)
     if stage >= 2 and pipeline > 1:
-        raise UsageError(f'"sharding": "stage{stage}" does not go with "pipeline_parallel_degree" {pipeline}; use "stage1"')
+        raise UsageError(
+            f'"sharding": "stage{stage}" does not go with "pipeline_parallel_degree": {pipeline}; use "stage1"'
+        )
     if values["sequence_parallel"] and tensor == 1:
         raise UsageError('"sequence_parallel": true needs "tensor_parallel_degree" of at least 2; set it to false')
     return Layout(left // sharding, pipeline, sharding, tensor, stage, bool(values["sequence_parallel"]))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import paddle
 import paddle.distributed as dist
 
-from alignment.parallel.collectives import from_last_stage, gather_objects
+from alignment.parallel.collectives import from_head, gather_objects
 from alignment.parallel.gloo import meet
 from alignment.parallel.topology import topology
 
@@ -51,7 +51,8 @@ class Pipeline:
 
     @paddle.no_grad()
     def forward(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
-        """The reports of all micro-batches, on every stage; nothing is learnt."""
+        """The reports of all micro-batches, on every process of the model; nothing is learnt."""
+        self.model.eval()
         reports = []
         for micro in micro_batches:
             hidden = self.run_layers(micro.input_ids, micro.attention_mask, self._receive_forward(micro))
@@ -59,10 +60,11 @@ class Pipeline:
                 reports.append(micro.finish(hidden)[1])
             else:
                 self._send(hidden, +1)
-        return from_last_stage(reports)
+        return from_head(reports)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
-        """Add the gradients of all micro-batches; returns their reports, on every stage."""
+        """Add the gradients of all micro-batches; returns their reports, on every process of the model."""
+        self.model.train()
         flying: deque[tuple[MicroBatch, paddle.Tensor | None, paddle.Tensor]] = deque()
         reports: list[Any] = []
         place = topology()
@@ -83,7 +85,7 @@ class Pipeline:
             self._send_gradient(gradient)
         while flying:
             self._send_gradient(self._backward(*flying.popleft()))
-        return from_last_stage(reports)
+        return from_head(reports)
 
     def _run(
         self, micro: MicroBatch, received: paddle.Tensor | None, reports: list[Any]
@@ -98,7 +100,9 @@ class Pipeline:
         reports.append(report)
         return micro, received, loss
 
-    def _backward(self, micro: MicroBatch, received: paddle.Tensor | None, sent: paddle.Tensor) -> paddle.Tensor | None:
+    def _backward(
+        self, micro: MicroBatch, received: paddle.Tensor | None, sent: paddle.Tensor
+    ) -> paddle.Tensor | None:
         """Backward pass of one micro-batch; returns the gradient of what the stage before gave."""
         if topology().is_last_stage:
             if not sent.stop_gradient:

@@ -23,8 +23,8 @@ class Topology:
     """This process's coordinates and groups (paddle.distributed.Group; None where the process would be alone in it).
 
     world: all processes; data: those with the same part of the model and different samples (data x sharding), in the
-    samples' order; tensor: those that share each matrix; pipe: the stages of one model; model: tensor x pipe, all that work on the
-    same samples; sharding: those that split an optimizer; replica: those that hold the same part of it;
+    samples' order; tensor: those that share each matrix; pipe: the stages of one model; model: pipe x tensor, all that
+    work on the same samples; sharding: those that split an optimizer; replica: those that hold the same part of it;
     next, previous: this stage and its neighbour (gloo counts messages by group, so that only a group of two can send
     and receive); ends: the first and the last stage, which share a tied embedding.
     """
@@ -48,6 +48,11 @@ class Topology:
     @property
     def is_last_stage(self) -> bool:
         return self.stage == self.layout.pipeline - 1
+
+    @property
+    def is_head(self) -> bool:
+        """Of the processes that work on the same samples, the one whose word counts: it has the model's results."""
+        return self.is_last_stage and self.tensor_rank == 0
 
     def group(self, name: str) -> Any:
         """One of the groups above, or None."""

@@ -9,6 +9,8 @@ from alignment.runtime.argument_fields import argument
 from alignment.runtime.faults import UsageError
 from alignment.training.arguments import SCHEDULES, DataArguments, StageArguments, refuse_unbuilt
 
+EVAL_MODES = ("single", "tensor_parallel")
+
 
 @dataclass
 class TrainingArguments(StageArguments):
@@ -87,7 +89,13 @@ class TrainingArguments(StageArguments):
         gt=0,
     )
     use_fusemt: bool = argument(False, "Fused rollout engine; not available yet.", group="Rollout")
-    eval_mode: str | None = argument(None, "Layout of the rollout model; not available yet.", group="Rollout")
+    eval_mode: str | None = argument(
+        None,
+        "Layout of the policy that samples: null the training layout, tensor_parallel all layers on every process "
+        "with matrices divided as in training, single the whole policy on every process.",
+        group="Rollout",
+        choices=("", *EVAL_MODES),
+    )
     offload_level: str = argument("", "Models kept off the device while idle; not available yet.", group="Rollout")
 
     critic_learning_rate: float | None = argument(None, "Default: learning_rate.", group="Critic", gt=0)
@@ -111,7 +119,7 @@ class TrainingArguments(StageArguments):
     def validate(values: dict[str, Any]) -> None:
         """See StageArguments.validate."""
         StageArguments.validate(values)
-        refuse_unbuilt(values, {"use_fusemt": (False,), "eval_mode": (None, ""), "offload_level": ("",)})
+        refuse_unbuilt(values, {"use_fusemt": (False,), "offload_level": ("",)})
         values["eval_mode"] = values["eval_mode"] or None
         _settle_lengths(values)
         _validate_batches(values)

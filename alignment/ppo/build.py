@@ -9,6 +9,7 @@ import paddle
 
 from alignment.ppo.models.freezing import set_trainable_layers
 from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.tokenizer import Tokenizer, load_tokenizer
 from alignment.ppo.models.value import load_value
 from alignment.ppo.rewards import FunctionReward, RewardSource, ServerReward, WeightedRewards
@@ -84,11 +85,12 @@ def _load_models(
     if model_args.reward_model_name_or_path:
         reward_model = _load_reward(model_args.reward_model_name_or_path, data_args, args, tokenizer, dtype)
         sources = [reward_model, *sources]
-    reference = load_named(ACTOR, load_policy, start, dtype)
+    here = Placement.here()
+    reference = load_named(ACTOR, load_policy, start, dtype, placement=here)
     reference.eval()
     for parameter in reference.parameters():
         parameter.stop_gradient = True
-    actor = load_named(ACTOR, load_policy, policy or start, dtype, args.recompute)
+    actor = load_named(ACTOR, load_policy, policy or start, dtype, args.recompute, here)
     load_named("num_layers_unfrozen", set_trainable_layers, actor, args.num_layers_unfrozen)
     critic = _load_critic(value or model_args.reward_critic_model_name_or_path, args, tokenizer, dtype)
     return Models(actor, reference, critic, WeightedRewards(sources, args.reward_weights), tokenizer)
@@ -96,7 +98,7 @@ def _load_models(
 
 def _load_reward(name: str, data_args: Any, args: Any, actor_tokenizer: Tokenizer, dtype: str) -> ModelReward:
     return ModelReward(
-        load_named(REWARD, load_value, name, "reward", dtype, require_head=True),
+        load_named(REWARD, load_value, name, "reward", dtype, require_head=True, placement=Placement.here()),
         load_named(REWARD, load_tokenizer, name),
         actor_tokenizer,
         batch_size=args.per_device_eval_batch_size,
@@ -108,7 +110,8 @@ def _load_critic(name: str | Path, args: Any, actor_tokenizer: Tokenizer, dtype:
     if load_named(CRITIC, load_tokenizer, name).get_vocab() != actor_tokenizer.get_vocab():
         raise UsageError(f'"{CRITIC}": {name} has another vocabulary than the actor, whose tokens it must read')
     recompute = args.recompute if args.critic_recompute is None else args.critic_recompute
-    critic = load_named(CRITIC, load_value, name, "critic", dtype, recompute, seed=args.seed)
+    options = {"seed": args.seed, "placement": Placement.here()}
+    critic = load_named(CRITIC, load_value, name, "critic", dtype, recompute, **options)
     if critic.head_is_new:
         say("the critic starts with a new value head")
     unfrozen = args.num_layers_unfrozen if args.critic_num_layers_unfrozen is None else args.critic_num_layers_unfrozen

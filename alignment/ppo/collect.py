@@ -1,23 +1,29 @@
 """Collecting experience: the policy answers, the other three models and the reward sources judge."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import paddle
 
-from alignment.parallel.data_parallel import gather_objects, rank, world_size
+from alignment.parallel.collectives import gather_objects
+from alignment.parallel.pipeline import MicroBatch, Pipeline
+from alignment.parallel.topology import topology
 from alignment.ppo.experience import Experience, merge
-from alignment.ppo.models.policy import pack, position_ids_of, response_log_probs, response_targets
+from alignment.ppo.models.policy import Packed, before_targets, pack_responses, response_log_probs
+from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
-from alignment.ppo.rollout.protocol import Draw, Rollout, RolloutEngine, SamplingParameters
+from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from alignment.runtime.timing import PhaseTimer
+from alignment.training.batches import deal, own_micro_batches
 
 
 @dataclass(frozen=True)
 class Collected:
-    """The experience of all ranks, in one order, with what only people and metrics want to know.
+    """The experience of all processes, in one order, with what only people and metrics want to know.
 
     answers: N decoded answers; components: {"rewards/<source>": float32 [N]}, unweighted.
     """
@@ -29,23 +35,23 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """Turns prompts into experience: every rank works on its share, and all end with the whole.
+    """Turns prompts into experience: every process works on its share, and all end with the whole.
 
     Args:
-        engine: answers prompts with the current policy.
-        actor: the model of that policy.
-        reference: the frozen initial policy.
-        critic: value model, in its current state.
+        sampler: answers prompts with the current policy.
+        actor: passes of the model of that policy.
+        reference: passes of the frozen initial policy.
+        critic: passes of the value model.
         rewards: the reward sources.
         tokenizer: decodes answers for the reward sources.
         batch_size: rows of one scoring forward pass.
-        timer: told of the phases "rollout" and "score".
+        timer: told of the phases "reshard", "rollout" and "score".
     """
 
-    engine: RolloutEngine
-    actor: paddle.nn.Layer
-    reference: paddle.nn.Layer
-    critic: paddle.nn.Layer
+    sampler: Sampler
+    actor: Pipeline
+    reference: Pipeline
+    critic: Pipeline
     rewards: WeightedRewards
     tokenizer: object
     batch_size: int
@@ -63,83 +69,113 @@ class Collector:
         """Answer each prompt ``samples_per_prompt`` times and measure everything on the answers.
 
         Args:
-            prompts: items of a PromptOnlyDataset, the same global list on every rank.
+            prompts: items of a PromptOnlyDataset, the same global list on every process.
             seed, iteration: decide, with prompt id and sample number, every random choice.
             trust_engine: take the engine's log-probabilities; False has the actor's own forward pass compute them,
                 for in 16 bits two ways of computing them differ too much for a ratio.
         """
-        experience, answers, components = self._answer(prompts, samples_per_prompt, seed, iteration, sampling)
-        temperature = sampling.temperature or 1.0
+        collected = self._answer(prompts, samples_per_prompt, seed, iteration, sampling)
+        experience, temperature = collected.experience, sampling.temperature or 1.0
         with self.timer("score"):
             self._fill_log_probs(experience.ref_log_probs, self.reference, experience, temperature)
             if not trust_engine:
                 self._fill_log_probs(experience.log_probs, self.actor, experience, temperature)
-            self._fill_values(experience)
-            return _merge(gather_objects((experience, answers, components)))
+            self._fill(experience.values, self.critic, experience, response_values)
+        return collected
 
     def evaluate(self, prompts: Sequence[dict], seed: int, iteration: int, sampling: SamplingParameters) -> Collected:
         """As ``collect``, one answer a prompt and without values, which stay 0: nothing is learnt from these."""
-        experience, answers, components = self._answer(prompts, 1, seed, iteration, sampling)
-        self._fill_log_probs(experience.ref_log_probs, self.reference, experience, sampling.temperature or 1.0)
-        return _merge(gather_objects((experience, answers, components)))
+        collected = self._answer(prompts, 1, seed, iteration, sampling)
+        temperature = sampling.temperature or 1.0
+        self._fill_log_probs(collected.experience.ref_log_probs, self.reference, collected.experience, temperature)
+        return collected
 
     def _answer(
         self, prompts: Sequence[dict], samples_per_prompt: int, seed: int, iteration: int, sampling: SamplingParameters
-    ) -> tuple[Experience, list[str], dict[str, np.ndarray]]:
-        """This rank's share: answers and their rewards."""
-        n = samples_per_prompt
-        asked = [(i * n + k, k, item) for i, item in enumerate(prompts) for k in range(n)]
-        own = sorted(asked, key=lambda entry: len(entry[2]["input_ids"]))[rank() :: world_size()]
-        rows, items = [row for row, _, _ in own], [item for _, _, item in own]
-        draws = [Draw(seed, iteration, int(item["prompt_id"]), k) for _, k, item in own]
-        self.actor.eval()
+    ) -> Collected:
+        """All answers with their rewards; log-probabilities of the reference and values are still 0."""
+        asked = [(item, k) for item in prompts for k in range(samples_per_prompt)]
+        with self.timer("reshard"):
+            self.sampler.refresh()
         with self.timer("rollout"):
-            rollout = self.engine.generate([item["input_ids"] for item in items], draws, sampling)
+            own = deal(range(len(asked)), lambda row: len(asked[row][0]["input_ids"]), *self.sampler.part)
+            draws = [Draw(seed, iteration, int(asked[row][0]["prompt_id"]), asked[row][1]) for row in own]
+            rollout = self.sampler.engine.generate([asked[row][0]["input_ids"] for row in own], draws, sampling)
+            parts = self.sampler.gather(_join(own, [asked[row][0] for row in own], rollout))
+        experience = merge(parts)
         with self.timer("score"):
-            answers = [self._decode(rollout, i) for i in range(len(items))]
-            scores, components = self._reward(items, rollout, answers)
-        return _join(rows, items, rollout, scores), answers, components
+            answers = [self._decode(experience, row) for row in range(len(experience))]
+            components = self._reward([item for item, _ in asked], answers, experience)
+        return Collected(experience, answers, components)
 
-    def _decode(self, rollout: Rollout, i: int) -> str:
-        ids = rollout.response_ids[i][rollout.response_mask[i]].tolist()
+    def _decode(self, experience: Experience, row: int) -> str:
+        ids = experience.response_ids[row][experience.response_mask[row]].tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _reward(self, items: list[dict], rollout: Rollout, answers: list[str]):
-        if not items:  # fewer prompts than ranks
+    def _reward(self, items: list[dict], answers: list[str], experience: Experience) -> dict[str, np.ndarray]:
+        """Fill in the scores, every process judging its share; returns the components of each."""
+        place = topology()
+        own = deal(range(len(items)), experience.lengths.__getitem__, place.data_rank, place.data_size)
+        judged = gather_objects((own, *self._judge(own, items, answers, experience)))
+        names = next(components for rows, _, components in judged if rows)
+        whole = {name: np.zeros(len(items), dtype=np.float32) for name in names}
+        for rows, scores, components in judged:
+            experience.scores[rows] = scores
+            for name, values in components.items():
+                whole[name][rows] = values
+        return whole
+
+    def _judge(
+        self, rows: list[int], items: list[dict], answers: list[str], experience: Experience
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        if not rows:  # fewer answers than processes
             return np.zeros([0], dtype=np.float32), {}
         batch = RewardBatch(
-            prompts=[item["prompt"] for item in items],
-            responses=answers,
-            finished=rollout.finished,
-            samples=[item["sample"] for item in items],
-            prompt_ids=[item["input_ids"] for item in items],
-            response_ids=[ids[mask] for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)],
+            prompts=[items[row]["prompt"] for row in rows],
+            responses=[answers[row] for row in rows],
+            finished=experience.finished[rows],
+            samples=[items[row]["sample"] for row in rows],
+            prompt_ids=[items[row]["input_ids"] for row in rows],
+            response_ids=[experience.response_ids[row][experience.response_mask[row]] for row in rows],
         )
         return self.rewards.score(batch)
 
-    @paddle.no_grad()
     def _fill_log_probs(
-        self, target: np.ndarray, model: paddle.nn.Layer, experience: Experience, temperature: float
+        self, target: np.ndarray, model: Pipeline, experience: Experience, temperature: float
     ) -> None:
-        """Write the model's log-probabilities of the answers into ``target`` [N, T], a few rows at a time."""
-        for rows, part in self._batches(experience):
-            ids, mask, response_mask = as_tensors(part.input_ids, part.attention_mask, part.response_mask)
-            log_probs, _ = response_log_probs(model, ids, mask, response_mask, temperature)
-            target[rows, : log_probs.shape[1]] = log_probs.numpy()
+        def log_probs(*inputs: Any) -> paddle.Tensor:
+            return response_log_probs(*inputs, temperature)[0]
 
-    @paddle.no_grad()
-    def _fill_values(self, experience: Experience) -> None:
-        self.critic.eval()
-        for rows, part in self._batches(experience):
-            ids, mask, response_mask = as_tensors(part.input_ids, part.attention_mask, part.response_mask)
-            values = response_values(self.critic, ids, mask, response_mask)
-            experience.values[rows, : values.shape[1]] = values.numpy()
+        self._fill(target, model, experience, log_probs)
 
-    def _batches(self, experience: Experience) -> Iterator[tuple[np.ndarray, Experience]]:
-        order = np.argsort(experience.attention_mask.sum(-1), kind="stable")  # like lengths together: little padding
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            yield rows, experience.take(rows)
+    def _fill(
+        self, target: np.ndarray, model: Pipeline, experience: Experience, measure: Callable[..., paddle.Tensor]
+    ) -> None:
+        """Write what the model says about every answer token into ``target`` [N, T], a few rows at a time.
+
+        Args: measure: (model, hidden, packed, response_mask) -> float32 [B, T'].
+        """
+        lengths = experience.attention_mask.sum(-1)
+        shares = own_micro_batches(range(len(experience)), lengths.__getitem__, self.batch_size)
+
+        def micro_batch(rows: list[int]) -> MicroBatch:
+            part = experience.take(np.asarray(rows))
+            packed, mask = pack_experience(part)
+
+            def finish(hidden: paddle.Tensor) -> tuple[None, np.ndarray]:
+                return None, measure(model.model, hidden, packed, mask).numpy()
+
+            return MicroBatch(packed.input_ids, packed.attention_mask, finish)
+
+        measured = model.forward([micro_batch(rows) for rows in shares])
+        for rows, values in chain(*gather_objects(list(zip(shares, measured, strict=True)))):
+            target[rows, : values.shape[1]] = values
+
+
+def pack_experience(part: Experience) -> tuple[Packed, paddle.Tensor]:
+    """Prompts and answers without padding between them, the answers' tokens being targets, and their mask [B, T]."""
+    ids, attention_mask, mask = as_tensors(part.input_ids, part.attention_mask, part.response_mask)
+    return pack_responses(ids, attention_mask, mask), mask
 
 
 def as_tensors(*arrays: np.ndarray) -> tuple[paddle.Tensor, ...]:
@@ -148,19 +184,14 @@ def as_tensors(*arrays: np.ndarray) -> tuple[paddle.Tensor, ...]:
 
 
 def response_values(
-    critic: paddle.nn.Layer, input_ids: paddle.Tensor, attention_mask: paddle.Tensor, response_mask: paddle.Tensor
+    critic: paddle.nn.Layer, hidden: paddle.Tensor, packed: Packed, response_mask: paddle.Tensor
 ) -> paddle.Tensor:
     """float32 [B, T]: the value of the state *before* each answer token; arguments as ``response_log_probs``."""
-    targets = response_targets(input_ids, response_mask)
-    input_ids, attention_mask, targets = pack(input_ids, attention_mask, targets)
-    values = critic(input_ids, attention_mask, position_ids_of(attention_mask))[:, :-1]
-    wanted = paddle.nonzero(targets[:, 1:].flatten()).squeeze(-1)
-    return paddle.scatter_nd(
-        paddle.nonzero(response_mask), paddle.gather(values.flatten(), wanted), response_mask.shape
-    )
+    values = before_targets(critic.scores(hidden), packed)
+    return paddle.scatter_nd(paddle.nonzero(response_mask), values, response_mask.shape)
 
 
-def _join(rows: list[int], items: list[dict], rollout: Rollout, scores: np.ndarray) -> Experience:
+def _join(rows: list[int], items: list[dict], rollout: Rollout) -> Experience:
     width = max((len(item["input_ids"]) for item in items), default=1)
     prompt_ids = np.zeros([len(items), width], dtype=np.int64)
     prompt_mask = np.zeros([len(items), width], dtype=bool)
@@ -179,13 +210,5 @@ def _join(rows: list[int], items: list[dict], rollout: Rollout, scores: np.ndarr
         entropy=rollout.entropy,
         ref_log_probs=np.zeros_like(rollout.log_probs),
         values=np.zeros_like(rollout.log_probs),
-        scores=scores,
+        scores=np.zeros(len(items), dtype=np.float32),
     )
-
-
-def _merge(parts: list[tuple[Experience, list[str], dict[str, np.ndarray]]]) -> Collected:
-    order = np.argsort(np.concatenate([experience.row for experience, _, _ in parts]), kind="stable")
-    answers = [answer for _, part, _ in parts for answer in part]
-    names = next(components for experience, _, components in parts if len(experience))
-    components = {name: np.concatenate([c[name] for _, _, c in parts if name in c])[order] for name in names}
-    return Collected(merge([experience for experience, _, _ in parts]), [answers[i] for i in order], components)

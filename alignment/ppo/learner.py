@@ -5,27 +5,30 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import paddle
 
-from alignment.parallel.data_parallel import gather_objects, world_size
+from alignment.parallel.collectives import gather_objects
+from alignment.parallel.pipeline import MicroBatch
+from alignment.parallel.topology import topology
 from alignment.ppo import losses
-from alignment.ppo.collect import as_tensors, response_values
+from alignment.ppo.collect import as_tensors, pack_experience, response_values
 from alignment.ppo.experience import Experience, Targets
 from alignment.ppo.losses import PolicyStats
 from alignment.ppo.models.policy import response_log_probs
 from alignment.runtime.faults import RunError
-from alignment.sft.loss import count_labels, supervised_loss
-from alignment.training.batches import BatchSchedule, own_micro_batches
+from alignment.sft.loss import count_labels, supervised_micro_batch
+from alignment.training.batches import BatchSchedule, idle_rounds, own_micro_batches
 from alignment.training.engine import TrainingEngine
 
 Sums = Counter[str]
 
 
 class Learner:
-    """Owns actor and critic. Every rank is given the same experience and targets, and works on its share.
+    """Owns actor and critic. Every process is given the same experience and targets, and works on its share.
 
     Args:
         args: PPO's TrainingArguments.
@@ -34,9 +37,11 @@ class Learner:
             takes as many of its texts as it takes answers.
     """
 
-    def __init__(self, args: Any, actor: TrainingEngine, critic: TrainingEngine, ptx_set: Any | None = None) -> None:
+    def __init__(
+        self, args: Any, actor: TrainingEngine, critic: TrainingEngine, ptx_set: Any | None = None
+    ) -> None:
         self.args, self.actor, self.critic, self.ptx_set = args, actor, critic, ptx_set
-        self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+        self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * topology().data_size
         if ptx_set is not None:
             self.ptx_schedule = BatchSchedule(len(ptx_set), self.minibatch_size, args.data_seed)
             self.collate_texts = ptx_set.get_collator()
@@ -52,8 +57,6 @@ class Learner:
         """
         sums: Sums = Counter()
         difference = 0.0
-        self.actor.model.train()
-        self.critic.model.train()
         for number, rows in enumerate(self._minibatches(len(experience), iteration)):
             step_sums, largest = self._accumulate(experience, targets, rows)
             if number == 0:
@@ -75,57 +78,63 @@ class Learner:
             yield from (order[start : start + self.minibatch_size] for start in range(0, count, self.minibatch_size))
 
     def _accumulate(self, experience: Experience, targets: Targets, rows: np.ndarray) -> tuple[Sums, float]:
-        """Gradients of one minibatch; returns sums over all ranks and the largest |log ratio| on any."""
-        lengths = experience.attention_mask.sum(-1)
-        tokens = float(experience.lengths[rows].sum())
-        own: Sums = Counter()
-        differences = [0.0]
-        for micro in own_micro_batches(rows.tolist(), lengths.__getitem__, self.args.per_device_train_batch_size):
+        """Gradients of one minibatch; returns sums over all processes and the largest |log ratio| on any."""
+        lengths, tokens = experience.attention_mask.sum(-1), float(experience.lengths[rows].sum())
+        size = self.args.per_device_train_batch_size
+        parts = []
+        for micro in own_micro_batches(rows.tolist(), lengths.__getitem__, size):
             part = experience.take(np.asarray(micro))
-            part_targets = targets.take(np.asarray(micro), part.response_ids.shape[1])
-            sums, difference = self._learn_policy(part, part_targets, tokens)
-            own.update(sums | self._learn_value(part, part_targets, tokens))
-            differences.append(difference)
-        gathered = gather_objects((own, differences))
+            parts.append((part, targets.take(np.asarray(micro), part.response_ids.shape[1])))
+        idle = idle_rounds(len(rows), size)
+        own = self.actor.accumulate([self._policy_micro_batch(*part, tokens) for part in parts], idle)
+        own += self.critic.accumulate([self._value_micro_batch(*part, tokens) for part in parts], idle)
         total: Sums = Counter()
-        for sums, _ in gathered:
+        differences = [0.0]
+        for sums, difference in chain(*gather_objects(own)):
             total.update(sums)
-        return total, float(np.max([value for _, values in gathered for value in values]))
+            differences.append(difference)
+        return total, float(np.max(differences))
 
-    def _learn_policy(self, part: Experience, targets: Targets, tokens: float) -> tuple[dict[str, float], float]:
-        args = self.args
-        ids, attention_mask, mask, old = as_tensors(
-            part.input_ids, part.attention_mask, part.response_mask, part.log_probs
-        )
-        anchor, advantages = as_tensors(part.ref_log_probs, targets.advantages)
-        new, entropy = response_log_probs(
-            self.actor.model, ids, attention_mask, mask, args.temperature, train_entropy=args.entropy_coeff > 0
-        )
-        loss, stats = policy_loss(args, new, old, anchor, advantages, mask, tokens)
-        mean_entropy = losses.masked_mean(entropy, mask, tokens)
-        self.actor.backward(loss - args.entropy_coeff * mean_entropy)
-        sums = {name: float(value) for name, value in stats._asdict().items()}
-        difference = paddle.where(mask, (new.detach() - old).abs(), paddle.zeros_like(old)).max()
-        return sums | {"policy": float(loss), "entropy": float(mean_entropy)}, float(difference)
+    def _policy_micro_batch(self, part: Experience, targets: Targets, tokens: float) -> MicroBatch:
+        args, model = self.args, self.actor.model
+        packed, mask = pack_experience(part)
+        old, anchor, advantages = as_tensors(part.log_probs, part.ref_log_probs, targets.advantages)
 
-    def _learn_value(self, part: Experience, targets: Targets, tokens: float) -> dict[str, float]:
-        ids, attention_mask, mask = as_tensors(part.input_ids, part.attention_mask, part.response_mask)
+        def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[dict[str, float], float]]:
+            new, entropy = response_log_probs(
+                model, hidden, packed, mask, args.temperature, train_entropy=args.entropy_coeff > 0
+            )
+            loss, stats = policy_loss(args, new, old, anchor, advantages, mask, tokens)
+            mean_entropy = losses.masked_mean(entropy, mask, tokens)
+            sums = {name: float(value) for name, value in stats._asdict().items()}
+            sums |= {"policy": float(loss), "entropy": float(mean_entropy)}
+            difference = paddle.where(mask, (new.detach() - old).abs(), paddle.zeros_like(old)).max()
+            return loss - args.entropy_coeff * mean_entropy, (sums, float(difference))
+
+        return MicroBatch(packed.input_ids, packed.attention_mask, finish)
+
+    def _value_micro_batch(self, part: Experience, targets: Targets, tokens: float) -> MicroBatch:
+        model = self.critic.model
+        packed, mask = pack_experience(part)
         old, returns = as_tensors(part.values, targets.returns)
-        values = response_values(self.critic.model, ids, attention_mask, mask)
-        loss, stats = losses.value_loss(values, old, returns, mask, self.args.clip_range_value, tokens)
-        self.critic.backward(loss)
-        return {"value": float(loss), "value_clipped": float(stats.clipped)}
+
+        def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[dict[str, float], float]]:
+            values = response_values(model, hidden, packed, mask)
+            loss, stats = losses.value_loss(values, old, returns, mask, self.args.clip_range_value, tokens)
+            return loss, ({"value": float(loss), "value_clipped": float(stats.clipped)}, 0.0)
+
+        return MicroBatch(packed.input_ids, packed.attention_mask, finish)
 
     def _learn_texts(self, number: int) -> float:
-        """Mix the language-model term into the actor's step ``number`` of the run; returns its mean over all ranks."""
+        """Mix the language-model term into the actor's step ``number`` of the run; returns its mean over the batch."""
         items = [self.ptx_set[int(index)] for index in self.ptx_schedule(number)]
-        denominator, total = count_labels(items), 0.0
-        size = self.args.per_device_train_batch_size
-        for micro in own_micro_batches(items, lambda item: len(item["input_ids"]), size):
-            loss = supervised_loss(self.actor.model, self.collate_texts(micro), denominator)
-            self.actor.backward(self.args.ptx_coeff * loss)
-            total += float(loss)
-        return sum(gather_objects(total))
+        denominator, size = count_labels(items), self.args.per_device_train_batch_size
+        micro_batches = [
+            supervised_micro_batch(self.actor.model, self.collate_texts(micro), denominator, self.args.ptx_coeff)
+            for micro in own_micro_batches(items, lambda item: len(item["input_ids"]), size)
+        ]
+        reports = self.actor.accumulate(micro_batches, idle_rounds(len(items), size))
+        return sum(loss for loss, _ in chain(*gather_objects(reports)))
 
     def _step(self) -> dict[str, float]:
         norms = {"actor_norm": self.actor.step()["grad_norm"], "critic_norm": self.critic.step()["grad_norm"]}

@@ -7,21 +7,24 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 
-from alignment.parallel.data_parallel import world_size
+from alignment.parallel.pipeline import Pipeline
+from alignment.parallel.topology import topology
 from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
 from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
 from alignment.ppo.experience import Experience
 from alignment.ppo.learner import Learner, steps_per_iteration
+from alignment.ppo.models.policy import hidden_states
 from alignment.ppo.models.saving import save_model
+from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import WeightedRewards
-from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.runtime.console import show_samples
 from alignment.runtime.faults import RunError
@@ -76,7 +79,7 @@ class PPOTrainer:
         self.args, self.models, self.sampling, self.checkpoint = args, models, sampling, checkpoint
         self.prompts, self.output_dir = prompts, Path(args.output_dir)
         self.eval_prompts = None if eval_prompts is None else list(eval_prompts)[: args.num_eval_prompts]
-        batch_size = args.per_device_prompt_batch_size * world_size()
+        batch_size = args.per_device_prompt_batch_size * topology().data_size
         self.schedule = BatchSchedule(len(prompts), batch_size, args.data_seed, args.dataloader_drop_last)
         answers = batch_size * args.num_return_sequences
         self.total_steps = (
@@ -98,10 +101,10 @@ class PPOTrainer:
         self.score_scaler = ScoreScaler()
         self.timer = PhaseTimer()
         self.collector = Collector(
-            engine=EagerRolloutEngine(models.actor, args.per_device_eval_batch_size),
-            actor=models.actor,
-            reference=models.reference,
-            critic=models.critic,
+            sampler=Sampler(actor, args.eval_mode, args.per_device_eval_batch_size),
+            actor=actor.pipeline,
+            reference=Pipeline(models.reference, partial(hidden_states, models.reference)),
+            critic=critic.pipeline,
             rewards=models.rewards,
             tokenizer=models.tokenizer,
             batch_size=args.per_device_eval_batch_size,

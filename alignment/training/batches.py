@@ -36,23 +36,20 @@ class BatchSchedule:
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
-def own_share(items: Sequence[Item], length: Callable[[Item], int]) -> list[Item]:
-    """This process's share of a global batch, shortest first; the same on all that work on the same samples.
-
-    Long and short samples are dealt in turn, so that the processes' work is even.
-    """
-    place = topology()
-    return sorted(items, key=length)[place.data_rank :: place.data_size]
+def deal(items: Sequence[Item], length: Callable[[Item], int], index: int, count: int) -> list[Item]:
+    """Part ``index`` of ``count``, shortest first; long and short ones are dealt in turn, so that parts are even."""
+    return sorted(items, key=length)[index::count]
 
 
 def own_micro_batches(
     items: Sequence[Item], length: Callable[[Item], int], micro_batch_size: int
 ) -> list[list[Item]]:
-    """``own_share`` as micro-batches of samples of like length (little padding).
+    """This process's share of a global batch, the same on all that work on the same samples, as micro-batches.
 
-    The order inside a batch cannot matter, since every loss has a global denominator.
+    Samples of like length stand together (little padding): the order inside a batch cannot matter, since every loss
+    has a global denominator.
     """
-    own = own_share(items, length)
+    own = deal(items, length, topology().data_rank, topology().data_size)
     return [own[start : start + micro_batch_size] for start in range(0, len(own), micro_batch_size)]
 
 

@@ -101,7 +101,6 @@ class TrainingEngine:
 
     def forward(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
         """The micro-batches' reports, on every stage of the model; nothing is learnt."""
-        self.model.eval()
         return self.pipeline.forward(micro_batches)
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], idle_rounds: int = 0) -> list[Any]:
@@ -109,7 +108,6 @@ class TrainingEngine:
 
         Args: idle_rounds: how many fewer these are than another process has.
         """
-        self.model.train()
         if self.shards.stage < 2:
             return self.pipeline.forward_backward(micro_batches)
         reports = []

@@ -61,9 +61,14 @@ class Activations:
         return self.rows * self.length
 
     @property
+    def handed_on(self) -> float:
+        """Hidden states between two pipeline stages, which are always whole."""
+        return self.tokens * self.precision.weight * self.shape.hidden_size
+
+    @property
     def boundary(self) -> float:
         """What a layer hands to the next: all that recomputation keeps of it."""
-        return self.tokens * self.precision.weight * self.shape.hidden_size / self._whole
+        return self.handed_on / self._whole
 
     @property
     def kept(self) -> float:

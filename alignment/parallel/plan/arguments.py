@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from alignment.parallel.plan.layout import SHARDING_STAGES
+from alignment.parallel.plan.layout import STAGES as SHARDING
 from alignment.runtime.argument_fields import Argument, argument, arguments_of
 from alignment.runtime.arguments import build_parser, read_json_object
 from alignment.runtime.faults import UsageError
@@ -81,7 +81,7 @@ class Sizes:
     pipeline_parallel_degree: int = argument(-1, "Ranks that share the layers.", group=_LAYOUT)
     sharding_parallel_degree: int = argument(-1, "Ranks that share the optimizer; -1: all left.", group=_LAYOUT)
     sharding_degree: int = argument(-1, "An older name of it.", group=_LAYOUT)
-    sharding: str = argument("", "What they share (ZeRO).", group=_LAYOUT, choices=SHARDING_STAGES)
+    sharding: str = argument("", "What they share (ZeRO).", group=_LAYOUT, choices=tuple(SHARDING))
     sequence_parallel: bool = argument(False, "Also split what lies between the matrices.", group=_LAYOUT)
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.runtime.faults import UsageError
 
-SHARDING_STAGES = ("", "stage1", "stage2", "stage3")
+STAGES = {"": 0, "stage1": 1, "stage2": 2, "stage3": 3}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def resolve_layout(values: Mapping[str, Any], processes: int) -> Layout:
             f'"tensor_parallel_degree" {tensor} * "pipeline_parallel_degree" {pipeline} must divide the {processes} '
             "processes"
         )
-    stage = SHARDING_STAGES.index(values["sharding"])
+    stage = STAGES[values["sharding"]]
     degree = max(values["sharding_parallel_degree"], values["sharding_degree"])
     if degree > 1 and not stage:
         raise UsageError(f'"sharding_parallel_degree": {degree} needs "sharding": "stage1" (or stage2, stage3)')
@@ -51,17 +51,15 @@ def resolve_layout(values: Mapping[str, Any], processes: int) -> Layout:
     return Layout(left // sharding, pipeline, sharding, tensor, stage, values["sequence_parallel"])
 
 
-def check_model(key: str, shape: Any, layout: Layout) -> None:
-    """Raises UsageError, naming the argument ``key``, if the model cannot be divided as ``layout`` asks."""
+def check_model(config: Any, tensor: int, stages: int) -> None:
+    """Raises UsageError if a model's heads or layers cannot be divided so."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(shape, name) % layout.tensor:
-            raise UsageError(
-                f'"tensor_parallel_degree": {layout.tensor} does not divide {name} = {getattr(shape, name)} of "{key}"'
-            )
-    if layout.pipeline > shape.num_hidden_layers:
-        raise UsageError(
-            f'"pipeline_parallel_degree": {layout.pipeline} is more than the {shape.num_hidden_layers} layers of "{key}"'
-        )
+        size = getattr(config, name)
+        if size % tensor:
+            raise UsageError(f'"tensor_parallel_degree": {tensor} does not divide the model\'s {name} = {size}')
+    if stages > config.num_hidden_layers:
+        layers = config.num_hidden_layers
+        raise UsageError(f'"pipeline_parallel_degree": {stages} is more than the model\'s {layers} layers')
 
 
 def layers_of_stage(total: int, stages: int, stage: int) -> range:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 from alignment.parallel.plan.activations import Activations
+from alignment.parallel.plan.layout import Layout
 from alignment.parallel.plan.setting import Pass, Setting
 
 Moment = dict[str, float]  # fields of Memory that a phase adds to what is resident, in bytes, at one point of its work
@@ -20,14 +21,14 @@ class Memory:
     """Bytes on each rank of one pipeline stage in one phase.
 
     weights: of all models, and of the one layer that ZeRO stage 3 has gathered; copy: the actor's, for sampling;
-    gradients: they stay allocated from step to step, for Paddle sets them to zero; cache: keys and values.
+    cache: keys and values.
     """
 
     phase: str
     stage: int
     weights: float
-    gradients: float
     optimizer: float
+    gradients: float = 0.0
     copy: float = 0.0
     cache: float = 0.0
     activations: float = 0.0
@@ -55,22 +56,21 @@ def memory_of(setting: Setting) -> tuple[Memory, ...]:
 def _resident(setting: Setting, phase: str, stage: int) -> Memory:
     """What is on the rank all the time, once the first optimizer step is done.
 
-    ZeRO divides the optimizer state (stage 1), gradients (2) and weights (3) of the models that are trained; models
-    that are not stay whole.
+    ZeRO (arXiv:1910.02054) divides the optimizer state (stage 1), gradients (2) and weights (3) of the models that
+    are trained; models that are not stay whole.
     """
     layout, width = setting.layout, setting.precision
     sharded = layout.sharding if layout.sharding_stage == 3 else 1
     trained = [model for model in setting.models if model.trained]
     weights = sum(m.parameters(layout, stage) / (sharded if m.trained else 1) for m in setting.models)
     gathered = max(m.largest_unit(layout) for m in trained) if sharded > 1 else 0
-    learnt = sum(m.trained_parameters(layout, stage) for m in trained)
-    return Memory(
-        phase,
-        stage,
-        weights=(weights + gathered) * width.weight,
-        gradients=learnt * width.gradient / (layout.sharding if layout.sharding_stage >= 2 else 1),
-        optimizer=learnt * width.optimizer / layout.sharding,
-    )
+    optimizer = _learnt(setting, stage) * width.optimizer / layout.sharding
+    return Memory(phase, stage, (weights + gathered) * width.weight, optimizer)
+
+
+def _learnt(setting: Setting, stage: int) -> int:
+    """Trained parameters of all models on a rank."""
+    return sum(model.trained_parameters(setting.layout, stage) for model in setting.models)
 
 
 def _rollout(setting: Setting, stage: int) -> Iterator[Moment]:
@@ -88,7 +88,7 @@ def _rollout(setting: Setting, stage: int) -> Iterator[Moment]:
     prompts = Activations(actor.shape, layout, width, rows, prompt)
     longest = prompt + setting.answer_length
     repeated = 2 * each * longest * actor.shape.hidden_size
-    logits = _logits(setting, Pass(actor, prompts, rows), stage)
+    logits = rows * actor.shape.vocab_size * _logit_bytes(setting) * (stage == layout.pipeline - 1)
     yield {"copy": copy, "cache": cache * prompt, "activations": prompts.forward}
     yield {"copy": copy, "cache": 2 * cache * longest, "activations": repeated, "logits": logits}
 
@@ -103,25 +103,41 @@ def _judge(setting: Setting, stage: int) -> Iterator[Moment]:
 def _update(setting: Setting, stage: int) -> Iterator[Moment]:
     """Passes with backward: what is kept, and beside it the logits or, later, one layer at work.
 
-    Layers under the lowest trained one keep nothing. With 1F1B (arXiv:2104.04473, section 2.2) stage i of P keeps
-    min(P - i, micro-batches) micro-batches at once.
+    Layers under the lowest trained one keep nothing. Gradients of all models are there until the step.
     """
+    is_last = stage == setting.layout.pipeline - 1
+    divided = setting.layout.sharding if setting.layout.sharding_stage >= 2 else 1
+    gradients = {"gradients": _learnt(setting, stage) * setting.precision.gradient / divided}
     for done in setting.learning():
         model, activations = done.model, done.activations
         layers = model.trained_layers(setting.layout, stage)
-        flying = min(setting.layout.pipeline - stage, setting.sizes.gradient_accumulation_steps)
-        kept = flying * layers * (activations.boundary if model.recompute else activations.kept)
+        kept = activations.boundary if model.recompute else activations.kept
+        kept = _flying(setting, stage) * (layers * kept + _between_stages(setting.layout, stage, activations))
         at_work = activations.backward - (0 if model.recompute else activations.kept)
-        if stage == setting.layout.pipeline - 1:
-            yield {"activations": kept + activations.final_norm, "logits": _logits(setting, done, stage)}
-        yield {"activations": kept + at_work if layers else activations.forward}
+        if is_last:
+            logits = _logits(setting, done, stage)
+            yield gradients | {"activations": kept + activations.final_norm, "logits": logits}
+        yield gradients | {"activations": kept + (at_work if layers else activations.forward)}
+
+
+def _flying(setting: Setting, stage: int) -> int:
+    """Micro-batches that a stage keeps at once under 1F1B (arXiv:2104.04473, section 2.2)."""
+    return min(setting.layout.pipeline - stage, setting.sizes.gradient_accumulation_steps)
+
+
+def _between_stages(layout: Layout, stage: int, activations: Activations) -> float:
+    """What a stage has sent, and under sequence parallelism received: its layers then keep a part of that besides."""
+    sent, received = stage < layout.pipeline - 1, stage > 0 and layout.sequence_parallel
+    return (sent + received) * activations.handed_on
 
 
 def _logits(setting: Setting, done: Pass, stage: int) -> float:
     """Of the last stage's pass; every rank has its part of the vocabulary."""
-    layout = done.activations.layout
-    if stage < layout.pipeline - 1:
+    if stage < setting.layout.pipeline - 1:
         return 0.0
+    return done.targets * done.model.shape.vocabulary_part(setting.layout.tensor) * _logit_bytes(setting)
+
+
+def _logit_bytes(setting: Setting) -> int:
     arrays = _ARRAYS_WITH_ENTROPY if setting.stage == "ppo" else _ARRAYS_OF_CROSS_ENTROPY
-    each = 4 * arrays + (2 if setting.precision.activation == 2 else 0)
-    return done.targets * done.model.shape.vocabulary_part(layout.tensor) * each
+    return 4 * arrays + (2 if setting.precision.activation == 2 else 0)

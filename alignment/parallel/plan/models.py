@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignment.parallel.plan.arguments import Sizes
 from alignment.parallel.plan.layout import Layout, check_model, layers_of_stage
 from alignment.parallel.plan.shapes import ModelShape, find_config, read_shape
+from alignment.ppo.models.default import DEFAULT_MODEL_NAME
 from alignment.runtime.faults import UsageError
 
 ACTOR, CRITIC, REWARD, MODEL = (
@@ -82,7 +84,10 @@ def models_of(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], layout
     Raises: UsageError for a model that the layout cannot divide, or more unfrozen layers than it has.
     """
     for key, shape in shapes.items():
-        check_model(key, shape, layout)
+        try:
+            check_model(shape, layout.tensor, layout.pipeline)
+        except UsageError as fault:
+            raise UsageError(f'"{key}": {fault}') from None
     if stage != "ppo":
         unfrozen = _unfrozen("num_layers_unfrozen", sizes.num_layers_unfrozen, shapes[MODEL])
         return (Model("model", shapes[MODEL], stage == "rm", True, unfrozen, sizes.recompute),)
@@ -115,23 +120,30 @@ def find_shapes(
     model_config stands for the policy (or the one model), reward_config for the reward model and a critic that starts
     from it. A reward model or critic that is not on this machine is taken to have the policy's shape.
 
-    Raises: UsageError if the policy's shape cannot be told, or a config.json is no good.
+    Raises: UsageError if there is no config.json of the policy, or one is no good.
     """
     key = ACTOR if stage == "ppo" else MODEL
-    name = getattr(sizes, key)
-    source = model_config or (name and find_config(name))
+    name = getattr(sizes, key) or DEFAULT_MODEL_NAME
+    source = model_config or find_config(name)
     if not source:
-        here = f"{name!r} is not on this machine" if name else "not given"
-        raise UsageError(f'"{key}": {here}; name a config.json of the same sizes with --model_config')
+        raise UsageError(f'"{key}": no config.json of {name!r} here; name one of the same sizes with --model_config')
     shapes = {key: read_shape(source)}
     if stage == "ppo":
-        reward, critic = sizes.reward_model_name_or_path, sizes.reward_critic_model_name_or_path
-        if reward or reward_config:
-            shapes[REWARD] = _shape_or(reward_config or find_config(reward), shapes[ACTOR])
-        own = critic if critic != reward else None
-        shapes[CRITIC] = _shape_or(own and find_config(own), shapes[ACTOR if own else REWARD if REWARD in shapes else ACTOR])
+        shapes |= _judges(sizes, shapes[ACTOR], reward_config)
     return shapes
 
 
-def _shape_or(source: object, other: ModelShape) -> ModelShape:
+def _judges(sizes: Sizes, actor: ModelShape, reward_config: str | None) -> dict[str, ModelShape]:
+    """Of the reward model, if there is one, and of the critic, which starts from it unless told otherwise."""
+    reward, critic = sizes.reward_model_name_or_path, sizes.reward_critic_model_name_or_path
+    shapes = {}
+    start = actor
+    if reward or reward_config:
+        start = shapes[REWARD] = _shape_or(reward_config or find_config(reward), actor)
+    if critic in (None, reward):
+        return shapes | {CRITIC: start}
+    return shapes | {CRITIC: _shape_or(find_config(critic), actor)}
+
+
+def _shape_or(source: str | Path | None, other: ModelShape) -> ModelShape:
     return read_shape(source) if source else other

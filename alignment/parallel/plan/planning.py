@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.parallel.plan.activations import precision_of
 from alignment.parallel.plan.arguments import Sizes
-from alignment.parallel.plan.layout import SHARDING_STAGES, Layout, resolve_layout
+from alignment.parallel.plan.layout import STAGES, Layout, resolve_layout
 from alignment.parallel.plan.memory import Memory, memory_of
 from alignment.parallel.plan.models import Model, models_of
 from alignment.parallel.plan.setting import Setting
@@ -22,10 +22,19 @@ _MOST_REMEDIES = 3
 
 @dataclass(frozen=True)
 class Remedy:
-    """Options that change the plan, as they are written on the command line, and the most memory then, in GB."""
+    """Arguments that change the plan, and the most memory that a rank then needs, in GB."""
 
-    options: str
+    changes: dict[str, Any]
     needed_gb: float
+
+    @property
+    def options(self) -> str:
+        """As they are written on the command line."""
+        return " ".join(f"--{name} {_written(value)}" for name, value in self.changes.items())
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else "true" if value is True else str(value)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Plan:
         layout, sizes, models: what was planned for.
         memory: bytes on a rank, for every phase and pipeline stage.
         traffic: bytes a rank sends, for every pipeline stage.
-        remedies: if it does not fit, changes after which it does, or else the one that helps most.
+        remedies: if it does not fit, changes after which it does, mild ones first; or else what helps most.
     """
 
     stage: str
@@ -74,9 +83,9 @@ class Plan:
         options = "; ".join(f"{remedy.options} ({remedy.needed_gb:.1f} GB)" for remedy in self.remedies)
         if not options:
             return f"does not fit: {need}; use more processes or a smaller model"
-        if self.remedies[0].needed_gb <= self.device_memory_gb:
-            return f"does not fit: {need}; enough would be {options}"
-        return f"does not fit: {need}; what helps most, but not enough: {options}; use more processes as well"
+        if self.remedies[0].needed_gb > self.device_memory_gb:
+            return f"does not fit: {need}; what helps most, but not enough: {options}; use more processes as well"
+        return f"does not fit: {need}; enough would be {options}"
 
 
 def plan(
@@ -93,13 +102,7 @@ def plan(
     Raises: UsageError if layout, processes and models do not go together.
     """
     found = _estimate(stage, sizes, shapes, processes, device_memory_gb)
-    if found.fits:
-        return found
-    tried = [remedy for ladder in _ladders(found) for remedy in _climb(found, ladder, shapes)]
-    tried.sort(key=lambda remedy: remedy.needed_gb)
-    enough = [remedy for remedy in tried if remedy.needed_gb <= device_memory_gb]
-    best = [remedy for remedy in tried[:1] if remedy.needed_gb < found.needed_gb]
-    return replace(found, remedies=tuple(enough[:_MOST_REMEDIES] or best))
+    return found if found.fits else replace(found, remedies=_remedies(found, shapes))
 
 
 def _estimate(
@@ -112,21 +115,37 @@ def _estimate(
     return Plan(stage, processes, device_memory_gb, layout, sizes, models, memory, traffic)
 
 
-def _climb(found: Plan, ladder: list[dict[str, Any]], shapes: Mapping[str, ModelShape]) -> Iterator[Remedy]:
+def _remedies(found: Plan, shapes: Mapping[str, ModelShape]) -> tuple[Remedy, ...]:
+    """Single changes that are enough; or else the strongest, and what is enough after it."""
+    tried = [remedy for ladder in _ladders(found) if (remedy := _climb(found, ladder, shapes))]
+    enough = [remedy for remedy in tried if remedy.needed_gb <= found.device_memory_gb]
+    if enough:
+        return tuple(enough[:_MOST_REMEDIES])
+    best = min(tried, key=lambda remedy: remedy.needed_gb, default=None)
+    if best is None or best.needed_gb >= found.needed_gb:
+        return ()
+    after = _changed(found, best.changes, shapes)
+    more = [replace(remedy, changes=best.changes | remedy.changes) for remedy in _remedies(after, shapes)]
+    return tuple(more[:1]) or (best,)
+
+
+def _climb(found: Plan, ladder: list[dict[str, Any]], shapes: Mapping[str, ModelShape]) -> Remedy | None:
     """The first rung that fits, else the last that is possible."""
-    best = None
-    for rung in ladder:
+    remedy = None
+    for changes in ladder:
         try:
-            sizes = replace(found.sizes, **rung)
-            other = _estimate(found.stage, sizes, shapes, found.processes, found.device_memory_gb)
+            needed_gb = _changed(found, changes, shapes).needed_gb
         except UsageError:
             continue
-        options = " ".join(f"--{name} {str(value).lower() if value is True else value}" for name, value in rung.items())
-        best = Remedy(options, other.needed_gb)
-        if other.fits:
+        remedy = Remedy(changes, needed_gb)
+        if needed_gb <= found.device_memory_gb:
             break
-    if best:
-        yield best
+    return remedy
+
+
+def _changed(found: Plan, changes: Mapping[str, Any], shapes: Mapping[str, ModelShape]) -> Plan:
+    sizes = replace(found.sizes, **changes)
+    return _estimate(found.stage, sizes, shapes, found.processes, found.device_memory_gb)
 
 
 def _ladders(found: Plan) -> Iterator[list[dict[str, Any]]]:
@@ -144,10 +163,12 @@ def _ladders(found: Plan) -> Iterator[list[dict[str, Any]]]:
         if rows * steps % few == 0
     ]
     yield [{"per_device_eval_batch_size": few} for few in _halves(sizes.per_device_eval_batch_size)]
+    if sizes.eval_mode:
+        yield [{"eval_mode": mode} for mode in ("tensor_parallel", None) if mode != sizes.eval_mode]
     left = layout.data * layout.sharding
     if left > 1:
-        stages = SHARDING_STAGES[1:] if layout.sharding < left else SHARDING_STAGES[layout.sharding_stage + 1 :]
-        yield [{"sharding": name, "sharding_parallel_degree": left} for name in stages]
+        done = layout.sharding_stage if layout.sharding == left else 0
+        yield [{"sharding": name, "sharding_parallel_degree": left} for name, stage in STAGES.items() if stage > done]
     for kind, degree in (("tensor", layout.tensor), ("pipeline", layout.pipeline)):
         rest = {"sharding_parallel_degree": -1} if layout.sharding_stage else {}
         yield [{f"{kind}_parallel_degree": degree * 2**n, **rest} for n in range(1, left.bit_length())]

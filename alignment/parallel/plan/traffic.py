@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from alignment.parallel.plan.models import Model
 from alignment.parallel.plan.setting import Pass, Setting
 
-_SUMMED = 4  # bytes: gradients are summed over ranks in float32 buckets
+_FLOAT32 = 4  # bytes: gradients are summed, and updated weights handed on, in float32 buckets
 # All-reduces of a layer's [rows, length, H]. Megatron-LM has 2 and 2 (arXiv:1909.08053, section 3); PaddleNLP's
 # projections of queries, keys and values, and those to gate and up, each sum the gradient of their own input. Sequence
 # parallelism turns one all-reduce into an all-gather and a reduce-scatter, which together send as much, and gathers
@@ -39,17 +39,19 @@ class Traffic:
 
 def traffic_of(setting: Setting) -> tuple[Traffic, ...]:
     """One for every pipeline stage."""
-    return tuple(
-        Traffic(
-            stage,
-            gradients=sum(_gradients(setting, model, stage) for model in setting.models if model.trained),
-            weights=sum(_weights(setting, model, stage) for model in setting.models if model.trained),
-            tensor=setting.sizes.gradient_accumulation_steps * sum(_tensor(done, stage) for done in setting.learning()),
-            pipeline=setting.sizes.gradient_accumulation_steps
-            * sum(_pipeline(done, stage) for done in setting.learning()),
-            rollout=_rollout(setting, stage),
-        )
-        for stage in range(setting.layout.pipeline)
+    return tuple(_of_stage(setting, stage) for stage in range(setting.layout.pipeline))
+
+
+def _of_stage(setting: Setting, stage: int) -> Traffic:
+    trained = [model for model in setting.models if model.trained]
+    passes = list(setting.learning()) * setting.sizes.gradient_accumulation_steps
+    return Traffic(
+        stage,
+        gradients=sum(_gradients(setting, model, stage) for model in trained),
+        weights=sum(_weights(setting, model, stage) for model in trained),
+        tensor=sum(_tensor(done, stage) for done in passes),
+        pipeline=sum(_pipeline(done, stage) for done in passes),
+        rollout=_rollout(setting, stage),
     )
 
 
@@ -64,30 +66,31 @@ def all_reduce(size: float, ranks: int) -> float:
 
 
 def _gradients(setting: Setting, model: Model, stage: int) -> float:
-    """Reduce-scatter over the sharding ranks, all-reduce of the shard over the others (ZeRO, arXiv:1910.02054, 7).
+    """All-reduce over all ranks that see other data; from ZeRO stage 2 on every micro-batch goes to the owners only.
 
-    From ZeRO stage 2 on no rank keeps whole gradients, so every micro-batch is scattered. The two copies of a tied
-    embedding, at the ends of a pipeline, sum theirs besides.
+    The owners of a shard, one in each data-parallel replica, then sum theirs (arXiv:1910.02054, section 7). The two
+    copies of a tied embedding, at the ends of a pipeline, are summed besides.
     """
     layout, shape = setting.layout, model.shape
-    size = _SUMMED * model.trained_parameters(layout, stage)
-    times = setting.sizes.gradient_accumulation_steps if layout.sharding_stage >= 2 else 1
-    sent = times * all_gather(size, layout.sharding) + all_reduce(size / layout.sharding, layout.data)
-    if not layout.sharding_stage:
-        sent = all_reduce(size, layout.data)
+    size = _FLOAT32 * model.trained_parameters(layout, stage)
+    if layout.sharding_stage < 2:
+        sent = all_reduce(size, layout.data * layout.sharding)
+    else:
+        to_owners = all_gather(size, layout.sharding) * setting.sizes.gradient_accumulation_steps
+        sent = to_owners + all_reduce(size / layout.sharding, layout.data)
     is_end = layout.pipeline > 1 and stage in (0, layout.pipeline - 1)
     if is_end and shape.tie_word_embeddings and not model.scores and model.unfrozen is None:
-        sent += all_reduce(_SUMMED * shape.embedding_parameters(layout.tensor), 2)
+        sent += all_reduce(_FLOAT32 * shape.embedding_parameters(layout.tensor), 2)
     return sent
 
 
 def _weights(setting: Setting, model: Model, stage: int) -> float:
-    """ZeRO 1 and 2 gather the new weights; ZeRO 3 gathers all of them for every forward and every backward pass."""
-    layout, width = setting.layout, setting.precision.weight
-    if layout.sharding_stage == 3:
-        times = 2 * setting.sizes.gradient_accumulation_steps
-        return times * all_gather(width * model.parameters(layout, stage), layout.sharding)
-    return all_gather(width * model.trained_parameters(layout, stage), layout.sharding)
+    """ZeRO 1 and 2 hand on the updated weights; ZeRO 3 gathers all of them for every forward and backward pass."""
+    layout = setting.layout
+    if layout.sharding_stage < 3:
+        return all_gather(_FLOAT32 * model.trained_parameters(layout, stage), layout.sharding)
+    times = 2 * setting.sizes.gradient_accumulation_steps
+    return times * all_gather(setting.precision.weight * model.parameters(layout, stage), layout.sharding)
 
 
 def _tensor(done: Pass, stage: int) -> float:
@@ -106,7 +109,7 @@ def _pipeline(done: Pass, stage: int) -> float:
     """Hidden states to the next stage, their gradient to the previous one, if that or one before it learns."""
     layout = done.activations.layout
     learns = any(done.model.trained_parameters(layout, before) for before in range(stage))
-    return ((stage < layout.pipeline - 1) + learns) * done.activations.boundary
+    return ((stage < layout.pipeline - 1) + learns) * done.activations.handed_on
 
 
 def _rollout(setting: Setting, stage: int) -> float:

@@ -13,7 +13,7 @@ from paddlenlp.utils.download import resolve_file_path
 from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE, read_config, read_json
 from alignment.ppo.models.cpu import speed_up_on_cpu
 from alignment.ppo.models.default import DEFAULT_MODEL_ALIASES, ensure_default_model
-from alignment.ppo.models.placement import Placement, configure, keep_stage
+from alignment.ppo.models.placement import WHOLE, Placement, configure, keep_stage
 from alignment.ppo.models.tokenizer_files import TOKENIZER_FILES
 from alignment.ppo.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
@@ -24,7 +24,7 @@ _CAUSAL = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
 
 
 def load_policy(
-    name_or_path: str | Path, dtype: str = "float32", recompute: bool = False, placement: Placement = Placement()
+    name_or_path: str | Path, dtype: str = "float32", recompute: bool = False, placement: Placement = WHOLE
 ) -> paddle.nn.Layer:
     """A PaddleNLP Llama or Qwen2 causal language model with every weight read from safetensors.
 
@@ -43,14 +43,21 @@ def load_policy(
     if stored_architecture(directory) == SCORE_ARCHITECTURE[config.model_type]:
         raise UsageError(f"{directory}: a score model (reward or critic) cannot serve as a language model")
     config.architectures = [CAUSAL_ARCHITECTURE[config.model_type]]
-    model = build(_CAUSAL[config.model_type], config, dtype, recompute, placement)
+    model = build_policy(config, dtype, recompute, placement)
     tied = {TIED_HEAD} if config.tie_word_embeddings else set()
     load_weights(model, WeightFiles(directory), trunk=model.base_model_prefix, skip=tied, ignore=tied)
     return model
 
 
+def build_policy(
+    config: PretrainedConfig, dtype: str, recompute: bool, placement: Placement = WHOLE
+) -> paddle.nn.Layer:
+    """``build`` of the causal language model that ``config`` describes."""
+    return build(_CAUSAL[config.model_type], config, dtype, recompute, placement)
+
+
 def build(
-    kind: type, config: PretrainedConfig, dtype: str, recompute: bool, placement: Placement = Placement()
+    kind: type, config: PretrainedConfig, dtype: str, recompute: bool, placement: Placement = WHOLE
 ) -> paddle.nn.Layer:
     """This process's part of a PaddleNLP model of class ``kind``, all zero: ``load_weights`` fills every parameter.
 

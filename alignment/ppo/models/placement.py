@@ -42,6 +42,11 @@ class Placement:
         return cls.of(topology())
 
     @property
+    def is_divided(self) -> bool:
+        """Whether the model needs more than this process."""
+        return self.tensor > 1 or self.stages > 1
+
+    @property
     def is_first(self) -> bool:
         return self.stage == 0
 
@@ -61,6 +66,9 @@ class Placement:
         if name.endswith("embed_tokens.weight"):
             return self.is_first or (self.is_last and ties_ends)
         return self.is_last  # final norm and heads
+
+
+WHOLE = Placement()
 
 
 def configure(config: Any, placement: Placement) -> None:

@@ -11,7 +11,7 @@ from paddlenlp.transformers import LlamaModel, PretrainedConfig, Qwen2Model
 
 from alignment.ppo.models.config import SCORE_ARCHITECTURE, read_config
 from alignment.ppo.models.loading import TIED_HEAD, build, resolve_model_directory
-from alignment.ppo.models.placement import Placement
+from alignment.ppo.models.placement import WHOLE, Placement
 from alignment.ppo.models.policy import hidden_states
 from alignment.ppo.models.weights import WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
@@ -78,7 +78,7 @@ def load_value(
     require_head: bool = False,
     do_normalize: bool | None = None,
     seed: int = 0,
-    placement: Placement = Placement(),
+    placement: Placement = WHOLE,
 ) -> ScoreModel:
     """A score model from a saved one, or from a causal language model, whose head is then new.
 
@@ -114,7 +114,7 @@ def build_score_model(
     score_type: str,
     dtype: str,
     recompute: bool = False,
-    placement: Placement = Placement(),
+    placement: Placement = WHOLE,
 ) -> ScoreModel:
     """This process's part of an untrained score model in ``dtype``."""
     trunk = build(_TRUNKS[config.model_type], config, dtype, recompute, placement)

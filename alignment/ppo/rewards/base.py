@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from alignment.parallel.collectives import from_head
+from alignment.parallel.topology import topology
 from alignment.runtime.faults import RunError, UsageError
 
 
@@ -42,9 +44,13 @@ class RewardBatch:
 
 
 class RewardSource(Protocol):
-    """Scores responses. `name` is short and appears in metrics as rewards/<name>."""
+    """Scores responses. `name` is short and appears in metrics as rewards/<name>.
+
+    is_divided: several processes score one batch together, so that all of them must be asked.
+    """
 
     name: str
+    is_divided: bool = False
 
     def check(self) -> None:
         """Raise RunError now if the source cannot work; called once, before training. Nothing to do by default."""
@@ -83,6 +89,13 @@ def _as_finite(value: Any, index: int, who: str) -> float:
     return number
 
 
+def _ask(source: RewardSource, batch: RewardBatch) -> np.ndarray:
+    """A model is run by all its processes together; anything else is asked once for those with the same responses."""
+    if source.is_divided:
+        return source(batch)
+    return from_head(source(batch) if topology().is_head else None)
+
+
 class WeightedRewards(RewardSource):
     """sum_i weights[i] * sources[i]; every component is kept, unweighted, for the metrics."""
 
@@ -113,7 +126,7 @@ class WeightedRewards(RewardSource):
         The components come per response, not as means, so that the trainer can average them over all ranks.
         Raises RunError when a source fails or the sum overflows float32.
         """
-        components = {f"rewards/{name}": source(batch) for name, source in self.sources.items()}
+        components = {f"rewards/{name}": _ask(source, batch) for name, source in self.sources.items()}
         total = sum(w * part.astype(np.float64) for w, part in zip(self.weights, components.values(), strict=True))
         return check_rewards(total, len(batch), "the weighted sum of rewards"), components
 

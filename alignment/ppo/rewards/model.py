@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import paddle
 
+from alignment.parallel.pipeline import MicroBatch, Pipeline
+from alignment.ppo.models.policy import hidden_states
+from alignment.ppo.models.value import end_scores
 from alignment.ppo.rewards.base import RewardBatch, RewardSource, check_rewards
 from alignment.runtime.faults import RunError
 
 
 class ModelReward(RewardSource):
-    """Scores with `score_model(input_ids, attention_mask, position_ids) -> scores [B, L]`, read at the last token.
+    """Scores with a ScoreModel, read at the last token; every process that holds a part of it scores along.
 
     With one vocabulary for actor and reward model the sampled ids are scored as they are; otherwise prompt text and
     response text are tokenised apart with the reward model's tokenizer, as its training data was. Either way a
     finished response ends with the reward tokenizer's EOS and a truncated one does not.
     """
+
+    is_divided = True
 
     def __init__(
         self,
@@ -34,13 +40,13 @@ class ModelReward(RewardSource):
         """
         self.name = name
         self.model = score_model
+        self.pipeline = Pipeline(score_model, partial(hidden_states, score_model))
         self.tokenizer = reward_tokenizer
         self.batch_size = batch_size
         self.add_special_tokens = add_special_tokens
         self.shares_vocabulary = actor_tokenizer is not None and (
             actor_tokenizer is reward_tokenizer or actor_tokenizer.get_vocab() == reward_tokenizer.get_vocab()
         )
-        self.model.eval()
 
     def __call__(self, batch: RewardBatch) -> np.ndarray:
         """float32 [N]; a response's reward does not depend on the others in `batch`.
@@ -53,10 +59,11 @@ class ModelReward(RewardSource):
             sequences = [self._ids_from_text(batch, index) for index in range(len(batch))]
         self._check_lengths(sequences)
         order = np.argsort([len(ids) for ids in sequences], kind="stable")  # alike lengths together: little padding
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        reports = self.pipeline.forward([self._micro_batch([sequences[i] for i in chosen]) for chosen in batches])
         scores = np.zeros(len(sequences), dtype=np.float32)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            scores[chosen] = self._score([sequences[index] for index in chosen])
+        for chosen, values in zip(batches, reports, strict=True):
+            scores[chosen] = values
         return check_rewards(scores, len(batch), f"reward model {self.name!r}")
 
     def _ids_as_sampled(self, batch: RewardBatch, index: int) -> list[int]:
@@ -81,17 +88,15 @@ class ModelReward(RewardSource):
         if longest > limit:
             raise RunError(f"reward model {self.name!r}: {longest} tokens to score, but it has {limit} positions")
 
-    @paddle.no_grad()
-    def _score(self, sequences: list[list[int]]) -> np.ndarray:
-        """Right-padded forward pass over B sequences -> float32 [B]."""
+    def _micro_batch(self, sequences: list[list[int]]) -> MicroBatch:
+        """B sequences, right-padded; its report is their scores, float32 [B]."""
         lengths = np.array([len(ids) for ids in sequences])
-        positions = np.arange(lengths.max())
-        mask = positions[None, :] < lengths[:, None]
+        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
         input_ids = np.zeros(mask.shape, dtype=np.int64)  # any id will do where the mask is False
         input_ids[mask] = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences])
-        scores = self.model(
-            input_ids=paddle.to_tensor(input_ids),
-            attention_mask=paddle.to_tensor(mask),
-            position_ids=paddle.to_tensor(np.broadcast_to(positions, mask.shape).astype(np.int64)),
-        )
-        return scores.astype("float32").numpy()[np.arange(len(sequences)), lengths - 1]
+        attention_mask = paddle.to_tensor(mask)
+
+        def finish(hidden: paddle.Tensor) -> tuple[None, np.ndarray]:
+            return None, end_scores(self.model.scores(hidden), attention_mask).numpy()
+
+        return MicroBatch(paddle.to_tensor(input_ids), attention_mask, finish)

@@ -1,12 +1,17 @@
 """The eager engine: PaddleNLP's own forward with a KV cache. Slow, simple, the yardstick of faster engines."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import paddle
+import paddle.distributed as dist
 import paddle.nn.functional as F
 
+from alignment.parallel.collectives import concat_over_tensor_group, from_head, head_of
+from alignment.parallel.gloo import meet
+from alignment.parallel.pipeline import receive, send
+from alignment.parallel.topology import topology
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
 from alignment.ppo.models.policy import language_model_head, position_ids_of, trunk
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
@@ -17,13 +22,16 @@ class EagerRolloutEngine:
     """Answers prompts in batches of at most ``batch_size`` left-padded rows.
 
     Args:
-        model: a PaddleNLP causal language model (Llama or Qwen2 family); its current weights are used at each call.
+        model: a PaddleNLP causal language model (Llama or Qwen2 family), or this process's part of one, whose other
+            processes then answer the same prompts; its current weights are used at each call.
         batch_size: rows decoded together.
     """
 
     def __init__(self, model: paddle.nn.Layer, batch_size: int) -> None:
         self.model = model
         self.batch_size = batch_size
+        group = "model" if model.placement.stages > 1 else "tensor"
+        self.group = topology().group(group) if model.placement.is_divided else None
 
     @paddle.no_grad()
     def generate(
@@ -50,12 +58,14 @@ class EagerRolloutEngine:
         steps: list[tuple[paddle.Tensor, ...]] = []
         for position in range(sampling.max_new_tokens):
             logits, cache = self._next_logits(input_ids, attention_mask, position_ids, cache)
-            tokens = choose_tokens(
-                sampling_logits(logits, seen, position, sampling), uniform[:, position], sampling.temperature == 0
+            tokens = self._agree(
+                lambda logits=logits, position=position: choose_tokens(
+                    sampling_logits(logits, seen, position, sampling), uniform[:, position], sampling.temperature == 0
+                ),
+                len(prompts),
             )
             tokens = paddle.where(finished, paddle.full_like(tokens, sampling.pad_token_id), tokens)
-            log_probs = log_probs_from_logits(logits, tokens, sampling.temperature or 1.0)
-            steps.append((tokens, ~finished, log_probs, entropy_from_logits(logits, sampling.temperature or 1.0)))
+            steps.append((tokens, ~finished, *_describe(logits, tokens, sampling.temperature or 1.0)))
             finished = finished | (tokens.unsqueeze(-1) == eos).any(-1)
             if bool(finished.all()):
                 break
@@ -65,25 +75,45 @@ class EagerRolloutEngine:
             attention_mask = paddle.concat([attention_mask, paddle.ones([len(prompts), 1], dtype="bool")], axis=1)
             position_ids = position_ids[:, -1:] + 1
         ids, mask, log_probs, entropy = (paddle.stack(column, axis=1).numpy() for column in zip(*steps, strict=True))
-        return {
+        decoded = {
             "response_ids": ids,
             "response_mask": mask,
             "log_probs": np.where(mask, log_probs, 0.0).astype(np.float32),
             "entropy": np.where(mask, entropy, 0.0).astype(np.float32),
             "finished": finished.numpy(),
         }
+        return decoded if self.group is None else from_head(decoded, self.group)
 
     def _next_logits(self, input_ids, attention_mask, position_ids, cache):
-        """Logits float32 [B, V] after the last column of ``input_ids``, and the grown cache."""
+        """Logits float32 [B, V] after the last column of ``input_ids`` (None before the last stage); the grown cache."""
+        placement, config = self.model.placement, self.model.config
+        received = None
+        if not placement.is_first:
+            received = receive([*input_ids.shape, config.hidden_size], config.dtype, -1)
         hidden, cache = trunk(self.model)(
-            input_ids=input_ids,
+            input_ids=input_ids if received is None else None,
+            inputs_embeds=received,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
             return_dict=False,
         )[:2]
-        return language_model_head(self.model, hidden[:, -1]).astype("float32"), cache
+        if not placement.is_last:
+            send(hidden.astype(config.dtype), +1)
+            return None, cache
+        logits = language_model_head(self.model, hidden[:, -1])
+        if self.model.lm_head.weight.is_distributed:
+            logits = concat_over_tensor_group(logits)
+        return logits.astype("float32"), cache
+
+    def _agree(self, choose: Callable[[], paddle.Tensor], count: int) -> paddle.Tensor:
+        """int64 [count]: the tokens that the process with the logits chose, the same on all the model's processes."""
+        tokens = choose() if self.model.placement.is_last else paddle.empty([count], dtype="int64")
+        if self.group is not None:
+            meet(self.group)
+            dist.broadcast(tokens, src=head_of(self.group), group=self.group)
+        return tokens
 
     def _tokens_in(self, input_ids: paddle.Tensor, attention_mask: paddle.Tensor) -> paddle.Tensor:
         """bool [B, V]: which tokens stand in the real part of each row."""
@@ -91,6 +121,15 @@ class EagerRolloutEngine:
         rows, columns = np.nonzero(attention_mask.numpy())
         seen[rows, input_ids.numpy()[rows, columns]] = True
         return paddle.to_tensor(seen)
+
+
+def _describe(
+    logits: paddle.Tensor | None, tokens: paddle.Tensor, temperature: float
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Log-probabilities and entropies, float32 [B]; zeros where there are no logits."""
+    if logits is None:
+        return (paddle.zeros(tokens.shape),) * 2
+    return log_probs_from_logits(logits, tokens, temperature), entropy_from_logits(logits, temperature)
 
 
 def _pad_left(prompts: list[np.ndarray], pad_token_id: int) -> tuple[paddle.Tensor, paddle.Tensor]:
