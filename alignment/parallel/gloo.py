@@ -21,6 +21,8 @@ from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.utils import sequence_parallel_utils
 from paddle.distributed.parallel import ParallelEnv
 
+from alignment.runtime.faults import LostPeer
+
 STORE_TIMEOUT_SECONDS = 300
 _default_group_impl = collective._new_process_group_impl
 _stores: list[Any] = []  # a group's connections live as long as its store
@@ -111,13 +113,16 @@ class _Meeting:
         self.is_host = rank == 0
 
     def __call__(self) -> None:
-        if not self.is_host:
-            self.others[0].send_bytes(b"here")
-        for other in self.others:
-            other.recv_bytes()
-        if self.is_host:
+        try:
+            if not self.is_host:
+                self.others[0].send_bytes(b"here")
             for other in self.others:
-                other.send_bytes(b"all")
+                other.recv_bytes()
+            if self.is_host:
+                for other in self.others:
+                    other.send_bytes(b"all")
+        except (EOFError, OSError) as fault:
+            raise LostPeer("another process of the job has ended") from fault
 
 
 class _Identity(PyLayer):

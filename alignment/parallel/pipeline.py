@@ -16,6 +16,7 @@ import paddle.distributed as dist
 
 from alignment.parallel.collectives import from_head, gather_objects
 from alignment.parallel.gloo import meet
+from alignment.parallel.sharding import Shards
 from alignment.parallel.topology import topology
 
 # (input_ids, attention_mask, what the stage before gave or None) -> hidden states [B, L, H]
@@ -38,12 +39,18 @@ class Pipeline:
     """Passes of one model.
 
     Args:
-        model: this process's part; its dtype and config.hidden_size describe what travels.
+        model: this process's part; config.dtype and config.hidden_size describe what travels.
         run_layers: the forward pass of that part.
+        layers: its transformer layers.
+
+    Attributes: shards: who owns which parameter.
     """
 
-    def __init__(self, model: paddle.nn.Layer, run_layers: RunLayers) -> None:
+    def __init__(
+        self, model: paddle.nn.Layer, run_layers: RunLayers, layers: Sequence[paddle.nn.Layer] = ()
+    ) -> None:
         self.model, self.run_layers = model, run_layers
+        self.shards = Shards(model, layers)
         self.dtype, self.hidden_size = model.config.dtype, model.config.hidden_size
         trained = any(not parameter.stop_gradient for parameter in model.parameters())
         before = gather_objects(trained, "pipe")[: topology().stage]
@@ -54,12 +61,13 @@ class Pipeline:
         """The reports of all micro-batches, on every process of the model; nothing is learnt."""
         self.model.eval()
         reports = []
-        for micro in micro_batches:
-            hidden = self.run_layers(micro.input_ids, micro.attention_mask, self._receive_forward(micro))
-            if topology().is_last_stage:
-                reports.append(micro.finish(hidden)[1])
-            else:
-                self._send(hidden, +1)
+        with self.shards.whole_model():
+            for micro in micro_batches:
+                hidden = self.run_layers(micro.input_ids, micro.attention_mask, self._receive_forward(micro))
+                if topology().is_last_stage:
+                    reports.append(micro.finish(hidden)[1])
+                else:
+                    self._send(hidden, +1)
         return from_head(reports)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:

@@ -1,16 +1,20 @@
-"""Sharding of optimizer and gradients (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054) by whole parameters.
+"""Sharding of optimizer, gradients and parameters (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054).
 
-Every trained parameter has one owner among the processes that hold the same part of the model. The owner alone keeps
-its optimizer state (stage 1) and the sum of its gradients (stage 2), updates it and hands it to the others.
+Every parameter has one owner among the processes that hold the same part of the model. Stage 1: the owner alone keeps
+its optimizer state, updates it and hands it to the others. Stage 2: the owner alone keeps the sum of its gradients.
+Stage 3: between uses, only the owner has the parameters of the transformer layers. Ownership is of whole parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle.autograd import PyLayer
 
 from alignment.parallel.collectives import buckets, flatten, unflatten
 from alignment.parallel.gloo import meet
@@ -28,48 +32,163 @@ def assign_owners(sizes: Sequence[int], members: int) -> list[int]:
 
 
 class Shards:
-    """Who owns which of ``parameters``; without sharding this process owns all of them."""
+    """Who owns which parameter of a model; without sharding this process owns all of them.
 
-    def __init__(self, parameters: Sequence[paddle.Tensor]) -> None:
+    Args:
+        model: this process's part.
+        layers: its transformer layers, which stage 3 divides.
+    """
+
+    def __init__(self, model: paddle.nn.Layer, layers: Sequence[paddle.nn.Layer]) -> None:
         place = topology()
-        self.stage = place.layout.sharding_stage
-        owners = assign_owners([parameter.size for parameter in parameters], place.layout.sharding)
-        self.by_owner = [
-            [parameter for parameter, owner in zip(parameters, owners, strict=True) if owner == member]
-            for member in range(place.layout.sharding)
-        ]
-        self.own = self.by_owner[place.sharding_rank]
-        self.sums: dict[str, paddle.Tensor] = {}  # stages 2 and 3: float32 gradients of ``own`` so far, by name
+        self.stage, self.members = place.layout.sharding_stage, place.layout.sharding
+        self.member, self.group = place.sharding_rank, place.group("sharding")
+        self.trained = [p for p in model.parameters() if not p.stop_gradient]
+        frozen = [p for p in model.parameters() if p.stop_gradient]
+        self.owner: dict[str, int] = {}
+        for part in (self.trained, frozen):  # apart, so that each is divided evenly
+            owners = assign_owners([parameter.size for parameter in part], self.members)
+            self.owner |= {parameter.name: owner for parameter, owner in zip(part, owners, strict=True)}
+        self.own = [p for p in self.trained if self.owner[p.name] == self.member]
+        self.sums: dict[str, paddle.Tensor] = {}  # from stage 2 on: float32 gradients of ``own`` so far, by name
+        self.layers = list(layers) if self.stage == 3 else []
+        self.divided = {p.name for layer in self.layers for p in layer.parameters()}
+        self.is_whole = not self.divided
+        for layer in self.layers:
+            _bring_when_called(layer, self)
+            self._release(layer.parameters())
+
+    # ---- gradients and updates --------------------------------------------------------------------------------------
 
     def collect_gradients(self) -> None:
-        """Stage 2: send the gradients of the latest backward pass to their owners and forget them here."""
-        group = topology().group("sharding")
-        meet(group)
-        for member, parameters in enumerate(self.by_owner):
-            for bucket in buckets(parameters):
-                flat = flatten([p.grad if p.grad is not None else paddle.zeros_like(p) for p in bucket])
-                dist.reduce(flat, dst=group.ranks[member], group=group)
+        """Stages 2 and 3: send the gradients of the latest backward pass to their owners and forget them here."""
+        self.collect(p for p in self.trained if p.name not in self.divided)
+
+    def collect(self, parameters: Iterable[paddle.Tensor]) -> None:
+        """``collect_gradients`` of some parameters."""
+        meet(self.group)
+        for member, owned in self._by_owner(p for p in parameters if not p.stop_gradient):
+            for bucket in buckets(owned):
+                flat = flatten([p.grad if p.grad is not None else paddle.zeros(p.shape) for p in bucket])
+                dist.reduce(flat, dst=self.group.ranks[member], group=self.group)
                 for parameter in bucket:
                     parameter.clear_gradient(False)
-                if member == topology().sharding_rank:
+                if member == self.member:
                     self._add(flat, bucket)
 
     def _add(self, flat: paddle.Tensor, bucket: list[paddle.Tensor]) -> None:
         parts = paddle.split(flat, [parameter.size for parameter in bucket])
         for parameter, part in zip(bucket, parts, strict=True):
-            part = part.reshape(parameter.shape)
-            before = self.sums.get(parameter.name)
+            part, before = part.reshape(parameter.shape), self.sums.get(parameter.name)
             self.sums[parameter.name] = part if before is None else before + part
 
+    def sit_out(self) -> None:
+        """Take part in the collectives of a forward and backward pass of others, with nothing to compute."""
+        for layer in self.layers:
+            with self.brought(layer.parameters()):
+                pass
+        for layer in reversed(self.layers):
+            if _is_trained(layer):
+                with self.brought(layer.parameters()):
+                    pass
+                self.collect(layer.parameters())
+        self.collect_gradients()
+
     def share_updates(self) -> None:
-        """Give every member the parameters that their owners have changed."""
-        group = topology().group("sharding")
-        if group is None:
+        """Give every member the parameters that their owners have changed, as far as it keeps them."""
+        if self.group is not None:
+            self._broadcast(p for p in self.trained if p.name not in self.divided)
+
+    # ---- parameters -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def brought(self, parameters: Sequence[paddle.Tensor]) -> Iterator[None]:
+        """Within it, these divided parameters are here; every member must ask for them together."""
+        self._broadcast(parameters)
+        try:
+            yield
+        finally:
+            self._release(parameters)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Within it, every parameter is here; every member must enter it together, and may then compute by itself."""
+        if self.is_whole:
+            yield
             return
-        meet(group)
-        for member, parameters in enumerate(self.by_owner):
-            for bucket in buckets(parameters):
-                flat = flatten(bucket)
-                dist.broadcast(flat, src=group.ranks[member], group=group)
-                if member != topology().sharding_rank:
+        parameters = [p for layer in self.layers for p in layer.parameters()]
+        with self.brought(parameters):
+            self.is_whole = True
+            try:
+                yield
+            finally:
+                self.is_whole = False
+
+    def _broadcast(self, parameters: Iterable[paddle.Tensor]) -> None:
+        meet(self.group)
+        for member, owned in self._by_owner(parameters):
+            for bucket in buckets(owned):
+                mine = member == self.member
+                flat = flatten(bucket) if mine else paddle.empty([sum(p.size for p in bucket)], dtype="float32")
+                dist.broadcast(flat, src=self.group.ranks[member], group=self.group)
+                if not mine:
                     unflatten(flat, bucket)
+
+    def _release(self, parameters: Iterable[paddle.Tensor]) -> None:
+        for parameter in parameters:
+            if self.owner[parameter.name] != self.member:
+                parameter._clear_data()
+
+    def _by_owner(self, parameters: Iterable[paddle.Tensor]) -> Iterator[tuple[int, list[paddle.Tensor]]]:
+        parameters = list(parameters)
+        for member in range(self.members):
+            owned = [p for p in parameters if self.owner[p.name] == member]
+            if owned:
+                yield member, owned
+
+
+def _is_trained(layer: paddle.nn.Layer) -> bool:
+    return any(not parameter.stop_gradient for parameter in layer.parameters())
+
+
+def _bring_when_called(layer: paddle.nn.Layer, shards: Shards) -> None:
+    """Have a divided layer fetch its parameters for each call, and again for its backward pass."""
+    compute = layer.forward
+
+    def forward(hidden: paddle.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if shards.is_whole:
+            return compute(hidden, *args, **kwargs)
+        if not paddle.is_grad_enabled() or (hidden.stop_gradient and not _is_trained(layer)):
+            with shards.brought(layer.parameters()):
+                return compute(hidden, *args, **kwargs)
+        if hidden.stop_gradient:  # below the lowest trained layer: a PyLayer learns only if its input does
+            hidden = hidden.detach()
+            hidden.stop_gradient = False
+        return _Brought.apply(hidden, lambda x: compute(x, *args, **kwargs), layer, shards)
+
+    layer.forward = forward
+
+
+class _Brought(PyLayer):
+    """A layer whose parameters are here only while it computes; the backward pass computes it once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: paddle.Tensor, compute: Any, layer: paddle.nn.Layer, shards: Shards
+    ) -> paddle.Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.compute, ctx.layer, ctx.shards = compute, layer, shards
+        with shards.brought(layer.parameters()):
+            return compute(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: paddle.Tensor) -> paddle.Tensor:
+        (hidden,) = ctx.saved_tensor()
+        hidden = hidden.detach()
+        hidden.stop_gradient = False
+        parameters = ctx.layer.parameters()
+        with ctx.shards.brought(parameters), paddle.enable_grad():
+            paddle.autograd.backward([ctx.compute(hidden)], [gradient])
+        if _is_trained(ctx.layer):
+            ctx.shards.collect(parameters)
+        return hidden.grad

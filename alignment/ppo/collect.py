@@ -100,7 +100,7 @@ class Collector:
         with self.timer("rollout"):
             own = deal(range(len(asked)), lambda row: len(asked[row][0]["input_ids"]), *self.sampler.part)
             draws = [Draw(seed, iteration, int(asked[row][0]["prompt_id"]), asked[row][1]) for row in own]
-            rollout = self.sampler.engine.generate([asked[row][0]["input_ids"] for row in own], draws, sampling)
+            rollout = self.sampler.answer([asked[row][0]["input_ids"] for row in own], draws, sampling)
             parts = self.sampler.gather(_join(own, [asked[row][0] for row in own], rollout))
         experience = merge(parts)
         with self.timer("score"):

@@ -7,9 +7,13 @@ single              every process has the whole policy: all processes answer dif
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import paddle
 import paddle.distributed as dist
 
@@ -19,6 +23,7 @@ from alignment.parallel.topology import topology
 from alignment.ppo.models.loading import build_policy
 from alignment.ppo.models.placement import Placement, is_copy, merged, split_axis
 from alignment.ppo.rollout.eager import EagerRolloutEngine
+from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from alignment.training.engine import TrainingEngine
 
 
@@ -41,7 +46,8 @@ class Sampler:
             "tensor_parallel": Placement(layout.tensor, place.tensor_rank),
             "single": Placement(),
         }[eval_mode]
-        self.is_copy = wanted != model.placement
+        wanted = replace(wanted, sequence_parallel=False)  # PaddleNLP decodes without it
+        self.is_copy = replace(model.placement, sequence_parallel=False) != wanted
         self.groups = {None: (), "tensor_parallel": ("pipe",), "single": ("model",)}[eval_mode] + ("data",)
         self.part = (0, 1)
         for name in reversed(self.groups):
@@ -52,16 +58,24 @@ class Sampler:
             model = build_policy(deepcopy(model.config), model.config.dtype, False, wanted)
             self.target = dict(model.named_parameters())
             self.names = gather_objects(_own_names(actor.model), "pipe")  # of every stage
+        elif model.placement.sequence_parallel:
+            trained, model = model, build_policy(deepcopy(model.config), model.config.dtype, False, wanted)
+            _share_parameters(trained, model)
         self.engine = EagerRolloutEngine(model, batch_size)
 
     def refresh(self) -> None:
         """Bring the policy's current weights, one parameter at a time, to where they are sampled from."""
         if self.is_copy:
-            with self.actor.whole_model(), paddle.no_grad():
+            with self.actor.shards.whole_model(), paddle.no_grad():
                 own = dict(self.actor.model.named_parameters())
                 for stage, names in enumerate(self.names):
                     for name in names:
                         self._bring(name, stage, own.get(name))
+
+    def answer(self, prompts: Sequence[np.ndarray], draws: Sequence[Draw], sampling: SamplingParameters) -> Rollout:
+        """As RolloutEngine.generate, with all weights in memory meanwhile."""
+        with nullcontext() if self.is_copy else self.actor.shards.whole_model():
+            return self.engine.generate(prompts, draws, sampling)
 
     def gather(self, item: Any) -> list[Any]:
         """What all processes found for their parts."""
@@ -79,6 +93,14 @@ class Sampler:
         if pipe is not None:
             meet(pipe)
             dist.broadcast(target, src=pipe.ranks[stage], group=pipe)
+
+
+def _share_parameters(source: paddle.nn.Layer, target: paddle.nn.Layer) -> None:
+    """Let ``target``, of the same parts, compute with the parameters of ``source``."""
+    layers = zip(source.named_sublayers(include_self=True), target.named_sublayers(include_self=True), strict=True)
+    for (name, layer), (same_name, twin) in layers:
+        assert name == same_name
+        twin._parameters.update(layer._parameters)
 
 
 def _own_names(model: paddle.nn.Layer) -> list[str]:

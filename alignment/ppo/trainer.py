@@ -7,21 +7,19 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 
-from alignment.parallel.pipeline import Pipeline
 from alignment.parallel.topology import topology
 from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
 from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
 from alignment.ppo.experience import Experience
 from alignment.ppo.learner import Learner, steps_per_iteration
-from alignment.ppo.models.policy import hidden_states
+from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import WeightedRewards
@@ -103,7 +101,7 @@ class PPOTrainer:
         self.collector = Collector(
             sampler=Sampler(actor, args.eval_mode, args.per_device_eval_batch_size),
             actor=actor.pipeline,
-            reference=Pipeline(models.reference, partial(hidden_states, models.reference)),
+            reference=passes_of(models.reference),
             critic=critic.pipeline,
             rewards=models.rewards,
             tokenizer=models.tokenizer,
@@ -197,8 +195,9 @@ class PPOTrainer:
         }
         for part, engine in (("value", self.learner.critic), ("policy", self.learner.actor)):
 
-            def save_weights(directory: Path, model: paddle.nn.Layer = engine.model) -> None:
-                save_model(model, self.models.tokenizer, directory)
+            def save_weights(directory: Path, engine: TrainingEngine = engine) -> None:
+                with engine.shards.whole_model():
+                    save_model(engine.model, self.models.tokenizer, directory)
 
             save_checkpoint(self.output_dir / part, iteration, save_weights, engine, state)
         for part in PARTS:

@@ -17,7 +17,7 @@ USAGE_STATUS = 2
 RUN_STATUS = 1
 INTERRUPT_STATUS = 130
 PEER_GRACE_SECONDS = 20.0
-_LOST_PEER = re.compile(r"gloo/transport/|store/tcp_")  # the source file in the message of Paddle's C++ side
+_LOST_PEER_TEXT = re.compile(r"gloo/transport/|store/tcp_")  # the source file in the message of Paddle's C++ side
 
 
 class UsageError(ValueError):
@@ -26,6 +26,10 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A fault while running (reward server down, reward not finite, self-check failed). Exit status 1."""
+
+
+class LostPeer(RuntimeError):
+    """Another process of the job has ended; the reason is that process's to tell."""
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -48,7 +52,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except MemoryError as fault:
         status = _report(fault, "out of memory: use a smaller batch, shorter answers or a smaller model", RUN_STATUS)
     except Exception as fault:
-        if process_count() > 1 and _LOST_PEER.search(str(fault)):
+        if isinstance(fault, LostPeer) or (process_count() > 1 and _LOST_PEER_TEXT.search(str(fault))):
             _wait_for_launcher(RUN_STATUS)
         hint = "" if is_debug() else " (ALIGNMENT_DEBUG=1 shows the traceback)"
         status = _report(fault, f"{type(fault).__name__}: {fault}{hint}", RUN_STATUS)

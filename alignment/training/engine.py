@@ -2,10 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,10 @@ from paddle.distributed.fleet.utils.sequence_parallel_utils import is_sequence_p
 from paddlenlp.trainer.trainer_utils import get_scheduler
 
 from alignment.parallel.collectives import sum_tensors
-from alignment.parallel.pipeline import MicroBatch, Pipeline
-from alignment.parallel.sharding import Shards
+from alignment.parallel.pipeline import MicroBatch
 from alignment.parallel.topology import topology
 from alignment.ppo.models.placement import is_copy, is_tied, merged, own_slice, split_axis
-from alignment.ppo.models.policy import hidden_states
+from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.weights import WeightFiles
 from alignment.runtime.faults import RunError
 
@@ -72,8 +69,8 @@ class TrainingEngine:
         self.names = {p.name: key for key, p in model.named_parameters() if not p.stop_gradient}
         self.parameters = [p for p in model.parameters() if not p.stop_gradient]
         self.copies = {p.name for p in self.parameters if is_copy(self.names[p.name], model)}
-        self.pipeline = Pipeline(model, partial(hidden_states, model))
-        self.shards = Shards(self.parameters)
+        self.pipeline = passes_of(model)
+        self.shards = self.pipeline.shards
         warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
         self.scheduler = get_scheduler(
             settings.lr_scheduler_type,
@@ -94,15 +91,6 @@ class TrainingEngine:
             multi_precision=True,
         )
 
-    @contextmanager
-    def whole_model(self) -> Iterator[None]:
-        """Within it, every parameter of this process's part is in memory (from stage 3 on it is not otherwise)."""
-        yield
-
-    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
-        """The micro-batches' reports, on every stage of the model; nothing is learnt."""
-        return self.pipeline.forward(micro_batches)
-
     def accumulate(self, micro_batches: Sequence[MicroBatch], idle_rounds: int = 0) -> list[Any]:
         """Add the gradients of micro-batches; returns their reports, on every stage of the model.
 
@@ -115,7 +103,7 @@ class TrainingEngine:
             reports += self.pipeline.forward_backward([micro])
             self.shards.collect_gradients()
         for _ in range(idle_rounds):
-            self.shards.collect_gradients()
+            self.shards.sit_out()
         return reports
 
     @paddle.no_grad()
@@ -146,7 +134,7 @@ class TrainingEngine:
             parameter.clear_gradient(False)
 
     def _sum_gradients(self) -> dict[str, paddle.Tensor]:
-        """The whole batch's gradients by parameter, in place: of all parameters here, or from stage 2 on of our own."""
+        """The whole batch's gradients by parameter, in place: of all here, or from stage 2 on of our own."""
         if self.shards.stage < 2:
             parameters, group = self.parameters, "data"
             for parameter in parameters:

@@ -118,19 +118,20 @@ class StageTrainer(ABC):
     def evaluate(self) -> dict[str, float]:
         """Metrics on all held-out samples, every process working on its share."""
         items = list(self.eval_set)
-        with self.engine.whole_model():
-            reports = self.engine.forward(self._micro_batches(items, self.args.per_device_eval_batch_size))
+        reports = self.engine.pipeline.forward(self._micro_batches(items, self.args.per_device_eval_batch_size))
         return self.describe(*_over_processes(reports))
 
     def _micro_batches(self, items: list[dict], size: int) -> list[MicroBatch]:
         denominator = self.count(items)
-        return [self.micro_batch(self.collate(own), denominator) for own in own_micro_batches(items, self.length, size)]
+        parts = own_micro_batches(items, self.length, size)
+        return [self.micro_batch(self.collate(part), denominator) for part in parts]
 
     def save(self, step: int) -> Path:
         """Write checkpoint-<step> and drop the oldest over save_total_limit."""
 
         def save_weights(directory: Path) -> None:
-            save_model(self.model, self.tokenizer, directory)
+            with self.engine.shards.whole_model():
+                save_model(self.model, self.tokenizer, directory)
 
         path = save_checkpoint(self.output_dir, step, save_weights, self.engine, self.state_dict())
         drop_old_checkpoints(self.output_dir, self.args.save_total_limit)

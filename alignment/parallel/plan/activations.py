@@ -13,6 +13,7 @@ intermediate, a heads, s length, c bytes of an activation, and 4-byte float32 wh
                    c 3 H: keys and values repeated to all heads, and what the output projection reads
                    4 a s: the softmax, and in 16 bits its copy, 2 a s
     MLP            3 c I: gate, up, and their product
+    weights        at O1 every matrix is cast to 16 bits anew, and the cast kept
 
 Only norms (and rotary tables, left out: under 1%) are whole on every rank without sequence parallelism. The sums for
 float32 equal, to the rotary tables, what Paddle's allocator counts (tests/parallel/test_plan_measured.py).
@@ -73,7 +74,7 @@ class Activations:
     @property
     def kept(self) -> float:
         """What a layer keeps for its backward pass."""
-        return self._kept_before_mlp + self._mlp
+        return self._kept_before_mlp + self._mlp + self._cast_weights
 
     @property
     def backward(self) -> float:
@@ -82,7 +83,7 @@ class Activations:
         The MLP's tensors are gone when the attention's turn comes.
         """
         gradients = 8 * self._scores + 4 * self.precision.activation * self.tokens * self.shape.hidden_size
-        return self._kept_before_mlp + max(2 * self._mlp, gradients)
+        return self._kept_before_mlp + max(2 * self._mlp, gradients) + self._cast_weights
 
     @property
     def forward(self) -> float:
@@ -109,6 +110,11 @@ class Activations:
     @property
     def _mlp(self) -> float:
         return 3 * self.precision.activation * self.tokens * self.shape.intermediate_size / self.layout.tensor
+
+    @property
+    def _cast_weights(self) -> float:
+        width = self.precision.activation
+        return width * self.shape.layer_parameters(self.layout.tensor) if width < self.precision.weight else 0.0
 
     @property
     def _kept_before_mlp(self) -> float:

@@ -56,8 +56,8 @@ def memory_of(setting: Setting) -> tuple[Memory, ...]:
 def _resident(setting: Setting, phase: str, stage: int) -> Memory:
     """What is on the rank all the time, once the first optimizer step is done.
 
-    ZeRO (arXiv:1910.02054) divides the optimizer state (stage 1), gradients (2) and weights (3) of the models that
-    are trained; models that are not stay whole.
+    ZeRO (arXiv:1910.02054) divides the optimizer state, from stage 2 on the gradients, in stage 3 the weights of the
+    models that are trained; models that are not stay whole.
     """
     layout, width = setting.layout, setting.precision
     sharded = layout.sharding if layout.sharding_stage == 3 else 1

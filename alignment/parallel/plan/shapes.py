@@ -71,8 +71,8 @@ def read_shape(path: str | Path) -> ModelShape:
         raise UsageError(f"{file}: model_type {fields.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
     sizes = {name: _size(fields.get(name), name, file) for name in _SIZES}
     shared = fields.get("num_key_value_heads")
-    sizes["num_key_value_heads"] = sizes["num_attention_heads"] if shared is None else _size(
-        shared, "num_key_value_heads", file
+    sizes["num_key_value_heads"] = (
+        sizes["num_attention_heads"] if shared is None else _size(shared, "num_key_value_heads", file)
     )
     for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
         if sizes[whole] % sizes[part]:

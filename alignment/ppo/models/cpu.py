@@ -34,12 +34,14 @@ def attend_by_groups(
     value: paddle.Tensor,
     attention_mask: paddle.Tensor,
     *_: Any,
+    sequence_parallel: bool = False,
     **__: Any,
 ) -> paddle.Tensor:
     """Softmax attention in which the H / G query heads that share a key head are rows of one matrix product.
 
     Args: query float32 [B, Q, H, D]; key, value float32 [B, L, G, D]; attention_mask float32 [B, 1, Q, L], added.
-    Returns: float32 [B, Q, H * D]. (``config`` and what follows the mask are PaddleNLP's; none applies on a CPU.)
+    Returns: float32 [B, Q, H * D], or [B * Q, H * D] for ``sequence_parallel``. (``config`` and the other arguments
+        are PaddleNLP's; none applies on a CPU.)
     """
     batch, width, heads, size = query.shape
     length, groups = key.shape[1:3]
@@ -49,7 +51,8 @@ def attend_by_groups(
     scores = paddle.matmul(query, key, transpose_y=True).reshape([batch, heads, width, length]) + attention_mask
     weights = F.softmax(scores, axis=-1).reshape([batch * groups, -1, length])
     mixed = paddle.matmul(weights, value).reshape([batch, groups, heads // groups, width, size])
-    return mixed.transpose([0, 3, 1, 2, 4]).reshape([batch, width, heads * size])
+    rows = [batch * width] if sequence_parallel else [batch, width]
+    return mixed.transpose([0, 3, 1, 2, 4]).reshape([*rows, heads * size])
 
 
 def _normalize(self: paddle.nn.Layer, hidden_states: paddle.Tensor) -> paddle.Tensor:

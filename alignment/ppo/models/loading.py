@@ -13,7 +13,7 @@ from paddlenlp.utils.download import resolve_file_path
 from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE, read_config, read_json
 from alignment.ppo.models.cpu import speed_up_on_cpu
 from alignment.ppo.models.default import DEFAULT_MODEL_ALIASES, ensure_default_model
-from alignment.ppo.models.placement import WHOLE, Placement, configure, keep_stage
+from alignment.ppo.models.placement import WHOLE, Placement, configure, follow_lengths, keep_stage
 from alignment.ppo.models.tokenizer_files import TOKENIZER_FILES
 from alignment.ppo.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
@@ -82,7 +82,10 @@ def build(
         set_global_initializer(None)
         paddle.set_default_dtype(before)
         config.num_hidden_layers = count
-    keep_stage(model, getattr(model, model.base_model_prefix, model), placement, count)
+    body = getattr(model, model.base_model_prefix, model)
+    keep_stage(model, body, placement, count)
+    if placement.sequence_parallel:
+        follow_lengths(body)
     speed_up_on_cpu(model)
     if recompute:
         model.recompute_enable()

@@ -104,6 +104,23 @@ def keep_stage(model: nn.Layer, trunk: nn.Layer, placement: Placement, count: in
         del trunk.embed_tokens
 
 
+def follow_lengths(trunk: nn.Layer) -> None:
+    """Let the layers of a sequence-parallel model read batches of any length.
+
+    PaddleNLP's attention finds batch and length again by ``seq_length``, which it takes from the configuration.
+    """
+    for layer in trunk.layers:
+        compute = layer.forward
+
+        def forward(
+            hidden: paddle.Tensor, position_ids: paddle.Tensor, *args: Any, layer=layer, compute=compute, **kwargs: Any
+        ) -> Any:
+            layer.self_attn.seq_length = position_ids.shape[1]
+            return compute(hidden, position_ids, *args, **kwargs)
+
+        layer.forward = forward
+
+
 def is_tied(name: str, model: nn.Layer) -> bool:
     """Whether the first and the last stage both hold the parameter ``name``."""
     return model.ties_ends and name.endswith("embed_tokens.weight")

@@ -5,12 +5,14 @@ alignment.parallel.pipeline), and the functions on final hidden states belong to
 """
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import paddle
 from paddle.distributed.fleet.utils.sequence_parallel_utils import GatherOp
 
 from alignment.parallel.collectives import CopyToTensorGroup
+from alignment.parallel.pipeline import Pipeline
 from alignment.parallel.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
 
@@ -43,11 +45,9 @@ def hidden_states(
 
     Args: input_ids int64 [B, L], attention_mask bool [B, L]; received: what the stage before gave, [B, L, H].
     """
-    body = trunk(model)
     if model.placement.sequence_parallel:
-        for layer in body.layers:
-            layer.self_attn.seq_length = input_ids.shape[1]
-    hidden = body(
+        return _hidden_states_by_tokens(model, input_ids, attention_mask, received)
+    return trunk(model)(
         input_ids=input_ids if received is None else None,
         inputs_embeds=received,
         attention_mask=attention_mask,
@@ -55,9 +55,32 @@ def hidden_states(
         use_cache=False,
         return_dict=False,
     )[0]
-    if model.placement.sequence_parallel:  # every process has the rows of some tokens
-        hidden = GatherOp.apply(hidden).reshape([*input_ids.shape, -1])
-    return hidden
+
+
+def _hidden_states_by_tokens(
+    model: paddle.nn.Layer, input_ids: paddle.Tensor, attention_mask: paddle.Tensor, received: paddle.Tensor | None
+) -> paddle.Tensor:
+    """``hidden_states`` under sequence parallelism: between matrix products every process has some of the tokens."""
+    batch, length = input_ids.shape
+    extra = -length % model.placement.tensor  # the tokens must divide evenly: a little padding on the right
+    input_ids, mask, received = (
+        x if x is None else paddle.concat([x, paddle.zeros([batch, extra, *x.shape[2:]], dtype=x.dtype)], axis=1)
+        for x in (input_ids, attention_mask.astype("int64"), received)
+    )
+    hidden = trunk(model)(
+        input_ids=input_ids if received is None else None,
+        inputs_embeds=received,
+        attention_mask=mask.astype("bool"),
+        position_ids=position_ids_of(mask),
+        use_cache=False,
+        return_dict=False,
+    )[0]
+    return GatherOp.apply(hidden).reshape([batch, length + extra, -1])[:, :length]
+
+
+def passes_of(model: paddle.nn.Layer) -> Pipeline:
+    """Forward and backward passes of a model of which this process may have a part."""
+    return Pipeline(model, partial(hidden_states, model), trunk(model).layers)
 
 
 def language_model_head(model: paddle.nn.Layer, hidden: paddle.Tensor) -> paddle.Tensor:

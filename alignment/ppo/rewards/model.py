@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import paddle
 
-from alignment.parallel.pipeline import MicroBatch, Pipeline
-from alignment.ppo.models.policy import hidden_states
+from alignment.parallel.pipeline import MicroBatch
+from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.value import end_scores
 from alignment.ppo.rewards.base import RewardBatch, RewardSource, check_rewards
 from alignment.runtime.faults import RunError
@@ -40,7 +39,7 @@ class ModelReward(RewardSource):
         """
         self.name = name
         self.model = score_model
-        self.pipeline = Pipeline(score_model, partial(hidden_states, score_model))
+        self.pipeline = passes_of(score_model)
         self.tokenizer = reward_tokenizer
         self.batch_size = batch_size
         self.add_special_tokens = add_special_tokens
