@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -135,16 +136,38 @@ def write_tokenizer(directory: Path) -> int:
     return backend.get_vocab_size()
 
 
-def write_model(directory: Path, family: str = "llama") -> Path:
-    """A random model of two layers that draws its tokens almost evenly."""
-    config = make_config(family, tied=True, vocab_size=write_tokenizer(directory), num_hidden_layers=2)
-    weights = {name: value / 6 if value.ndim > 1 else value for name, value in random_weights(config, 1).items()}
-    return write_checkpoint(directory, config, weights)
+def write_tiny_model(directory: Path, **options: Any) -> Path:
+    """A random model that draws its tokens almost evenly; options as ``_tiny``."""
+    return write_checkpoint(directory, *_tiny(directory, **options))
+
+
+def write_reward_model(directory: Path, **options: Any) -> Path:
+    """A random reward model; options as ``write_tiny_model``."""
+    config, weights = _tiny(directory, **options)
+    weights.pop("lm_head.weight", None)
+    head = np.random.default_rng(5).normal(0, 0.3, [1, config["hidden_size"]]).astype(np.float32)
+    score = {"architectures": [config["architectures"][0].replace("CausalLM", "Score")], "score_type": "reward"}
+    return write_checkpoint(directory, config | score, weights | {"score_head.weight": head})
+
+
+def _tiny(
+    directory: Path,
+    family: str = "llama",
+    tied: bool = True,
+    vocab_size: int | None = None,
+    num_hidden_layers: int = 2,
+    scale: float = 1 / 6,
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Configuration and weights, the matrices' entries of deviation 0.3 * scale; default vocabulary: the tokenizer's."""
+    tokens = write_tokenizer(directory)
+    config = make_config(family, tied=tied, vocab_size=vocab_size or tokens, num_hidden_layers=num_hidden_layers)
+    weights = {name: value * scale if value.ndim > 1 else value for name, value in random_weights(config, 1).items()}
+    return config, weights
 
 
 def write_project(folder: Path) -> Path:
     """What a user would have: model/, user_data.py, user_reward.py, and one JSON file a stage."""
-    write_model(folder / "model")
+    write_tiny_model(folder / "model")
     (folder / "user_data.py").write_text(USER_DATA)
     (folder / "user_reward.py").write_text(USER_REWARD)
     for stage, arguments in ARGUMENTS.items():
@@ -168,5 +191,6 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def weights_of(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The model's tensors in a checkpoint."""
-    return load_file(checkpoint / "model.safetensors")
+    """The model's tensors in a checkpoint, of one file or of several."""
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    return {name: value for file in files for name, value in load_file(file).items()}

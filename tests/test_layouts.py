@@ -1,98 +1,124 @@
-"""The same global batch gives the same losses and weights with any accumulation and any number of processes.
+"""Every layout trains the same model: the same global batch gives the same trajectory as one process.
 
-The data set and the reward function live in files outside the checkout, and the commands are the documented ones.
+Each layout is one launch through Paddle's launcher that runs every scenario of tests/parallel/trajectories.py (SFT,
+reward models, PPO, APA, AWR; Llama and Qwen2 with grouped-query attention; tied and untied embeddings; an uneven last
+batch, partial freezing, evaluation), and is compared with the launch of a single process: metrics, sampled tokens,
+and weights of every checkpoint.
+
+    python -m pytest tests -m layouts         every layout on six scenarios; part of the whole suite
+    python -m pytest tests -m layouts_full    more layouts, each on all 28 scenarios
 """
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from tests.stages import read_rows, run, weights_of, write_project
+from tests.parallel.comparison import Launch, assert_same_trajectory
+from tests.parallel.trajectories import ONLINE, SETS, SUPERVISED, write_models
 
-pytestmark = pytest.mark.layouts
-# Rounding differs with the order of sums; Adam's first steps turn it into a relative change of an update.
-CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-LAYOUT_METRICS = ("timing_s/", "perf/")
+TP2, PP2, SP = "--tensor_parallel_degree 2", "--pipeline_parallel_degree 2", "--sequence_parallel true"
+RECOMPUTE = "--recompute true"
+SINGLE = Launch("single")
+FAST = [
+    Launch("accumulate4", accumulation=4),
+    Launch("dp2", 2, 2),
+    Launch("sharding2_stage1", 2, 2, 2, "--sharding stage1"),
+    Launch("sharding2_stage2", 2, 2, 2, "--sharding stage2"),
+    Launch("sharding2_stage3", 2, 2, 4, "--sharding stage3"),
+    Launch("tp2", 2, 1, 2, TP2),
+    Launch("tp2_sp_recompute", 2, 1, 1, f"{TP2} {SP} {RECOMPUTE}"),
+    Launch("pp2", 2, 1, 4, PP2),
+    Launch("tp2_pp2", 4, 1, 4, f"{TP2} {PP2}"),
+    Launch("dp2_tp2", 4, 2, 2, f"{TP2} {RECOMPUTE}"),
+]
+FAST_ROLLOUT = [
+    Launch("pp2_single", 2, 1, 2, f"{PP2} --eval_mode single"),
+    Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
+    Launch("tp2_pp2_tensor_parallel", 4, 1, 2, f"{TP2} {PP2} --eval_mode tensor_parallel"),
+    Launch("tp2_pp2_sharding2", 8, 2, 2, f"{TP2} {PP2} --sharding stage1 --sharding_parallel_degree 2"),
+]
+FULL = [
+    *FAST,
+    *FAST_ROLLOUT,
+    Launch("dp4", 4, 4),
+    Launch("dp2_sharding2_stage2", 4, 4, 1, "--sharding stage2 --sharding_parallel_degree 2"),
+    Launch("tp2_sharding2_stage3", 4, 2, 2, f"{TP2} --sharding stage3"),
+    Launch("tp2_sharding2_stage2_sp", 4, 2, 2, f"{TP2} {SP} --sharding stage2"),
+    Launch("pp2_recompute", 2, 1, 8, f"{PP2} {RECOMPUTE}"),
+    Launch("pp2_tensor_parallel", 2, 1, 2, f"{PP2} --eval_mode tensor_parallel"),
+    Launch("pp3", 3, 1, 8, "--pipeline_parallel_degree 3"),
+    Launch("dp2_pp2", 4, 2, 2, PP2),
+    Launch("tp2_pp2_sp", 4, 1, 4, f"{TP2} {PP2} {SP} {RECOMPUTE}"),
+    Launch("tp2_single", 2, 1, 1, f"{TP2} --eval_mode single"),
+]
+MISTAKES = [
+    ("mean_gradients", Launch("dp2", 2, 2), "supervised"),
+    ("no_tied_sum", Launch("pp2", 2, 1, 2, PP2), "supervised"),
+    ("no_copy_gradient", Launch("tp2", 2, 1, 1, TP2), "supervised"),
+    ("no_norm_sum", Launch("pp2", 2, 1, 2, PP2), "supervised"),
+]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return write_project(tmp_path_factory.mktemp("project"))
-
-
-def train(project, stage, name, processes, *overrides):
-    status, shown = run(project, stage, "--output_dir", name, *overrides, processes=processes)
-    assert status == 0, shown
-    rows = [
-        {key: value for key, value in row.items() if not key.startswith(LAYOUT_METRICS)}
-        for row in read_rows(project / name / "metrics.jsonl")
-    ]
-    parts = ("policy", "value") if stage == "ppo" else ("",)
-    return rows, {part: weights_of(project / name / part / "checkpoint-3") for part in parts}
-
-
-def assert_same(one, other):
-    for row, row_of_other in zip(one[0], other[0], strict=True):
-        assert row.keys() == row_of_other.keys()
-        for name, value in row.items():
-            np.testing.assert_allclose(row_of_other[name], value, **CLOSE, err_msg=f"step {row['step']}: {name}")
-    for part, weights in one[1].items():
-        for name, value in weights.items():
-            np.testing.assert_allclose(other[1][part][name], value, **CLOSE, err_msg=f"{part} {name}")
-
-
-def batches(processes, accumulation):
-    return (
-        "--gradient_accumulation_steps",
-        accumulation,
-        "--per_device_train_batch_size",
-        8 // processes // accumulation,
-    )
+    return write_models(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
-def reward_model(project):
-    return train(project, "rm", "rm", 1, *batches(1, 1))
+def trajectories(project):
+    """(launch, set of scenarios) -> folder of their output directories; each launched once."""
+    done = {}
+
+    def trajectory(launch, scenarios):
+        key = (launch.name, scenarios)
+        if key not in done:
+            done[key] = launch.run(project, project / "out" / f"{launch.name}-{scenarios}", scenarios)
+        return done[key]
+
+    return trajectory
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (1, 4), (2, 1), (2, 2)])
-def test_reward_model(project, reward_model, processes, accumulation):
-    other = train(project, "rm", f"rm_{processes}_{accumulation}", processes, *batches(processes, accumulation))
-    assert_same(reward_model, other)
+def assert_same(trajectories, launch, scenarios):
+    expected, found = trajectories(SINGLE, scenarios), trajectories(launch, scenarios)
+    for scenario in SETS[scenarios]:
+        assert_same_trajectory(expected / scenario, found / scenario)
 
 
-def test_the_reward_model_learnt(project, reward_model):
-    before = weights_of(project / "model")
-    after = reward_model[1][""]
-    assert all(not np.array_equal(before[name], after[name]) for name in before)
-    assert sum("loss" in row for row in reward_model[0]) == 3
+@pytest.mark.layouts
+@pytest.mark.parametrize("launch", FAST, ids=lambda launch: launch.name)
+def test_training(trajectories, launch):
+    assert_same(trajectories, launch, "fast")
 
 
-def prompts(processes):
-    return ("--per_device_prompt_batch_size", 4 // processes)
+@pytest.mark.layouts
+@pytest.mark.parametrize("launch", FAST_ROLLOUT, ids=lambda launch: launch.name)
+def test_online_training(trajectories, launch):
+    assert_same(trajectories, launch, "rl")
 
 
-@pytest.fixture(scope="module")
-def policy(project):
-    return train(project, "ppo", "ppo", 1, *batches(1, 1), *prompts(1))
+@pytest.mark.layouts
+@pytest.mark.parametrize(("name", "launch", "scenarios"), MISTAKES, ids=[name for name, *_ in MISTAKES])
+def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
+    expected = trajectories(SINGLE, scenarios)
+    found = launch.run(project, project / "out" / name, scenarios, "--mistake", name)
+    for scenario in SETS[scenarios]:
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            assert_same_trajectory(expected / scenario, found / scenario)
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (1, 4), (2, 1), (2, 2)])
-def test_ppo(project, policy, processes, accumulation):
-    name = f"ppo_{processes}_{accumulation}"
-    assert_same(policy, train(project, "ppo", name, processes, *batches(processes, accumulation), *prompts(processes)))
+@pytest.mark.layouts
+@pytest.mark.parametrize(("saved", "resumed"), [("tp2_pp2", "dp2"), ("dp2", "tp2_pp2")])
+def test_resume_in_another_layout(project, trajectories, saved, resumed):
+    by_name = {launch.name: launch for launch in FAST}
+    expected, start = trajectories(SINGLE, "fast"), trajectories(by_name[saved], "fast")
+    out = project / "out" / f"{resumed}_after_{saved}"
+    by_name[resumed].run(project, out, "fast", "--resume", start)
+    for scenario in SETS["fast"]:
+        done = (ONLINE if (expected / scenario / "policy").exists() else SUPERVISED)["save_steps"]
+        assert_same_trajectory(expected / scenario, out / scenario, after=done)
 
 
-def test_the_policy_learnt(project, policy):
-    before = weights_of(project / "model")
-    after = policy[1]["policy"]
-    assert all(not np.array_equal(before[name], after[name]) for name in before)
-    losses = [row["loss/policy_avg"] for row in policy[0] if "loss/policy_avg" in row]
-    assert len(set(losses)) == 3
-
-
-def test_answers_are_the_same_in_every_layout(project, policy):
-    train(project, "ppo", "ppo_two", 2, *batches(2, 1), *prompts(2))
-    rows = [read_rows(project / name / "samples.jsonl") for name in ("ppo", "ppo_two")]
-    assert [row["answer"] for row in rows[0]] == [row["answer"] for row in rows[1]]
+@pytest.mark.layouts_full
+@pytest.mark.parametrize("launch", FULL, ids=lambda launch: launch.name)
+def test_everything(trajectories, launch):
+    assert_same(trajectories, launch, "full")

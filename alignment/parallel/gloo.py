@@ -14,6 +14,7 @@ from typing import Any
 
 import paddle
 import paddle.distributed as dist
+import psutil
 from paddle.autograd import PyLayer
 from paddle.base import core
 from paddle.distributed import collective
@@ -31,6 +32,10 @@ _meetings: dict[int, _Meeting] = {}  # by group id
 
 def prepare() -> None:
     """Patch Paddle for tensor and pipeline parallelism over gloo; calling it again changes nothing."""
+    # Gloo publishes the address that the host's name resolves to, often loopback, whatever the launcher was told.
+    interface = _interface_of(_host())
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # ParallelEnv.device_id is read by fleet and never set on CPUs.
     ParallelEnv._device_id = 0
     # Gloo groups find their members by the keys "0", "1", ... of one store: from four ranks on they mistake them.
@@ -96,6 +101,12 @@ def _own_store(store: Any, key: str, opens: bool) -> Any:
 def _host() -> str:
     """The address at which the launcher made this process known to the others."""
     return (os.environ.get("PADDLE_CURRENT_ENDPOINT") or "127.0.0.1").rsplit(":", 1)[0]
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface that has this address; None: no interface of this host has it."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if address in (entry.address for entry in found)), None)
 
 
 class _Meeting:

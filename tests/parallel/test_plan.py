@@ -8,13 +8,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from alignment.parallel.layout import Layout
 from alignment.parallel.plan import Sizes, plan
 from alignment.parallel.plan.activations import Activations, Precision, precision_of
-from alignment.parallel.plan.layout import Layout
+from alignment.parallel.plan.memory import Memory
 from alignment.parallel.plan.models import ACTOR, CRITIC, MODEL, REWARD, Model
 from alignment.parallel.plan.shapes import ModelShape
 from alignment.runtime.faults import UsageError
-from tests.parallel.llama2 import ACTOR_PART, EIGHT, LARGE, PPO_7B, SCORER_PART, SMALL, TINY, phases
+from tests.parallel.llama2 import ACTOR_PART, EIGHT, LARGE, LAYERS, PPO_7B, SCORER_PART, SMALL, TINY, phases
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
@@ -121,17 +122,23 @@ def test_the_larger_of_logits_and_a_layer_at_work_counts():
     assert (without.logits, without.activations) == (0, boundaries + at_work)
 
 
-@pytest.mark.parametrize(
-    ("stage", "gradients", "optimizer", "weights"), [("stage1", 1, 4, 1), ("stage2", 4, 4, 1), ("stage3", 4, 4, 4)]
-)
-def test_what_each_stage_of_sharding_divides(stage, gradients, optimizer, weights):
-    sizes = Sizes(sharding=stage, sharding_parallel_degree=4, tensor_parallel_degree=1, bf16=False)
-    made = phases(plan("sft", sizes, {MODEL: SMALL}, processes=4))["update", 0]
-    count, embedding = SMALL.parameters, 32000 * 4096
-    layer = max(SMALL.layer_parameters(), embedding)
-    assert made.gradients == 4 * count / gradients
-    assert made.optimizer == 8 * count / optimizer
-    assert made.weights == 4 * (count / weights + (layer if stage == "stage3" else 0))
+def sharded(stage: str, **changes) -> Memory:
+    sizes = Sizes(sharding=stage, sharding_parallel_degree=4, **changes)
+    return phases(plan("sft", sizes, {MODEL: SMALL}, processes=4))["update", 0]
+
+
+def test_what_each_stage_of_sharding_divides():
+    count, layer = SMALL.parameters, SMALL.layer_parameters()
+    ends = count - 32 * layer
+    first, second, third = (sharded(stage) for stage in ("stage1", "stage2", "stage3"))
+    assert first.optimizer == second.optimizer == third.optimizer == 8 * count / 4
+    assert first.weights == second.weights == 4 * count
+    assert third.weights == 4 * (ends + 32 * layer / 4)
+    assert (first.gathered, second.gathered, third.gathered) == (0, 0, 4 * layer)
+    assert (first.gradients, second.gradients) == (4 * count, 4 * count / 4)
+    assert third.gradients == 4 * count / 4 + 4 * (ends + layer)
+    # Short sequences leave little to keep: then the end of a backward pass counts, with its gradients and their sums.
+    assert sharded("stage2", max_length=8).gradients == 4 * count + 4 * count / 4
 
 
 def test_a_pipeline_keeps_micro_batches_of_the_stages_to_come():
@@ -143,17 +150,29 @@ def test_a_pipeline_keeps_micro_batches_of_the_stages_to_come():
     assert kept == pytest.approx([3 * 2 * pair, 3 * 2 * pair, 2 * 2 * pair, pair])  # a layer's input, and what is sent
 
 
-def test_a_copy_for_sampling_has_all_layers():
-    sizes = replace(EIGHT, pipeline_parallel_degree=2, sharding_parallel_degree=2)
-    copies = {
-        mode: [memory.copy for memory in plan("ppo", replace(sizes, eval_mode=mode), PPO_7B, 8).memory[:2]]
-        for mode in (None, "single", "tensor_parallel")
-    }
-    assert copies == {
-        None: [0, 0],
-        "single": [2 * SMALL.parameters] * 2,
-        "tensor_parallel": [2 * ACTOR_PART] * 2,
-    }
+@pytest.mark.parametrize(
+    ("mode", "tensor", "pipeline", "copied"),
+    [
+        (None, 2, 2, 0),
+        ("single", 2, 2, SMALL.parameters),
+        ("tensor_parallel", 2, 2, ACTOR_PART),
+        ("tensor_parallel", 2, 1, 0),
+        ("single", 1, 1, 0),
+    ],
+)
+def test_a_copy_for_sampling_stays_where_the_layout_differs(mode, tensor, pipeline, copied):
+    sizes = replace(EIGHT, eval_mode=mode, tensor_parallel_degree=tensor, pipeline_parallel_degree=pipeline)
+    made = plan("ppo", replace(sizes, sharding_parallel_degree=2), PPO_7B, 8)
+    assert {memory.copy for memory in made.memory} == {2 * copied}
+
+
+def test_stage_3_brings_whole_models_to_sample_and_to_score():
+    made = plan("ppo", replace(EIGHT, sharding="stage3"), PPO_7B, 8)
+    rollout, score, update = (phases(made)[phase, 0] for phase in ("rollout", "score", "update"))
+    assert rollout.gathered == score.gathered == 2 * LAYERS * 3 / 4
+    assert update.gathered == 2 * LAYERS / 32
+    copying = phases(plan("ppo", replace(made.sizes, eval_mode="single"), PPO_7B, 8))["rollout", 0]
+    assert (copying.gathered, copying.copy) == (0, 2 * SMALL.parameters)  # the cache is larger than what is brought
 
 
 def test_other_models_may_have_other_shapes_and_no_reward_model_takes_nothing():
@@ -196,7 +215,7 @@ def test_single_changes_that_are_enough_are_named_mild_ones_first():
     assert [remedy.options.split()[0] for remedy in made.remedies] == [
         "--recompute",
         "--per_device_train_batch_size",
-        "--tensor_parallel_degree",
+        "--sharding",
     ]
     for remedy in made.remedies:
         assert remedy.needed_gb <= 80

@@ -8,9 +8,9 @@ import paddle
 import pytest
 from paddlenlp.transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from alignment.parallel.layout import Layout
 from alignment.parallel.plan import Sizes, plan
 from alignment.parallel.plan.activations import Activations, precision_of
-from alignment.parallel.plan.layout import Layout
 from alignment.parallel.plan.models import ACTOR, CRITIC, MODEL, Model
 from alignment.parallel.plan.shapes import ModelShape
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignment.parallel.plan.layout import Layout
+from alignment.parallel.layout import Layout
 from alignment.parallel.plan.shapes import ModelShape
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from alignment.parallel.plan.layout import STAGES as SHARDING
+from alignment.parallel.layout import STAGES as SHARDING
 from alignment.runtime.argument_fields import Argument, argument, arguments_of
 from alignment.runtime.arguments import build_parser, read_json_object
 from alignment.runtime.faults import UsageError

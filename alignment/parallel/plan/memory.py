@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
+from alignment.parallel.layout import Layout
 from alignment.parallel.plan.activations import Activations
-from alignment.parallel.plan.layout import Layout
+from alignment.parallel.plan.models import Model
 from alignment.parallel.plan.setting import Pass, Setting
+from alignment.parallel.plan.traffic import all_gather
 
 Moment = dict[str, float]  # fields of Memory that a phase adds to what is resident, in bytes, at one point of its work
 
@@ -20,16 +22,17 @@ _ARRAYS_OF_CROSS_ENTROPY = 2  # logits, probabilities
 class Memory:
     """Bytes on each rank of one pipeline stage in one phase.
 
-    weights: of all models, and of the one layer that ZeRO stage 3 has gathered; copy: the actor's, for sampling;
-    cache: keys and values.
+    weights: of all models; copy: of an actor that samples in another layout; gathered: what ZeRO stage 3 has brought
+    from other ranks; cache: keys and values.
     """
 
     phase: str
     stage: int
     weights: float
     optimizer: float
+    copy: float
     gradients: float = 0.0
-    copy: float = 0.0
+    gathered: float = 0.0
     cache: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
@@ -56,16 +59,18 @@ def memory_of(setting: Setting) -> tuple[Memory, ...]:
 def _resident(setting: Setting, phase: str, stage: int) -> Memory:
     """What is on the rank all the time, once the first optimizer step is done.
 
-    ZeRO (arXiv:1910.02054) divides the optimizer state, from stage 2 on the gradients, in stage 3 the weights of the
-    models that are trained; models that are not stay whole.
+    ZeRO (arXiv:1910.02054) divides the optimizer state, and in stage 3 the layers of every model.
     """
     layout, width = setting.layout, setting.precision
-    sharded = layout.sharding if layout.sharding_stage == 3 else 1
-    trained = [model for model in setting.models if model.trained]
-    weights = sum(m.parameters(layout, stage) / (sharded if m.trained else 1) for m in setting.models)
-    gathered = max(m.largest_unit(layout) for m in trained) if sharded > 1 else 0
-    optimizer = _learnt(setting, stage) * width.optimizer / layout.sharding
-    return Memory(phase, stage, (weights + gathered) * width.weight, optimizer)
+    copied = setting.models[0].parameters(setting.rollout_layout, 0) if setting.has_copy else 0
+    return Memory(
+        phase,
+        stage,
+        weights=sum(model.parameters(layout, stage) * width.weight for model in setting.models)
+        - sum(_elsewhere(setting, model, stage) for model in setting.models),
+        optimizer=_learnt(setting, stage) * width.optimizer / layout.sharding,
+        copy=copied * width.weight,
+    )
 
 
 def _learnt(setting: Setting, stage: int) -> int:
@@ -73,51 +78,82 @@ def _learnt(setting: Setting, stage: int) -> int:
     return sum(model.trained_parameters(setting.layout, stage) for model in setting.models)
 
 
+def _elsewhere(setting: Setting, model: Model, stage: int) -> float:
+    """Bytes of a model's layers that stage 3 leaves to other ranks while nothing computes."""
+    if setting.layout.sharding_stage < 3:
+        return 0.0
+    return all_gather(
+        model.layer_parameters(setting.layout, stage) * setting.precision.weight, setting.layout.sharding
+    )
+
+
 def _rollout(setting: Setting, stage: int) -> Iterator[Moment]:
-    """Sampling: one layer at work on the prompts; then the last token.
+    """Sampling: the copy is filled; one layer at work on the prompts; the last token.
 
     The eager engine makes a new cache for every token while it still has the old one. One layer's keys and values are
     repeated to all heads, and that copied again to be transposed.
     """
     actor, layout, width = setting.models[0], setting.rollout_layout, setting.precision
-    stage = 0 if setting.sizes.eval_mode else stage
     rows, prompt = setting.sizes.per_device_eval_batch_size, setting.prompt_length
-    copy = actor.parameters(layout, stage) * width.weight if setting.sizes.eval_mode else 0.0
+    brought = _elsewhere(setting, actor, stage)
+    gathered = {"gathered": 0.0 if setting.has_copy else brought}
+    stage = 0 if setting.has_copy else stage
     each = 2 * rows * width.activation / layout.tensor  # keys and values of one layer: bytes per token and width
     cache = len(actor.layers(layout, stage)) * each * actor.shape.key_value_size
-    prompts = Activations(actor.shape, layout, width, rows, prompt)
     longest = prompt + setting.answer_length
-    repeated = 2 * each * longest * actor.shape.hidden_size
     logits = rows * actor.shape.vocab_size * _logit_bytes(setting) * (stage == layout.pipeline - 1)
-    yield {"copy": copy, "cache": cache * prompt, "activations": prompts.forward}
-    yield {"copy": copy, "cache": 2 * cache * longest, "activations": repeated, "logits": logits}
+    repeated = 2 * each * longest * actor.shape.hidden_size
+    working = Activations(actor.shape, layout, width, rows, prompt).forward
+    yield {"gathered": brought}
+    yield gathered | {"cache": cache * prompt, "activations": working}
+    yield gathered | {"cache": 2 * cache * longest, "activations": repeated, "logits": logits}
 
 
 def _judge(setting: Setting, stage: int) -> Iterator[Moment]:
-    """Forward passes: one layer at work; then what the last one gave, and its logits."""
+    """Forward passes of whole models: one layer at work; then what the last one gave, and its logits."""
     for done in setting.judging():
-        yield {"activations": done.activations.forward}
-        yield {"activations": done.activations.boundary, "logits": _logits(setting, done, stage)}
+        gathered = {"gathered": _elsewhere(setting, done.model, stage)}
+        yield gathered | {"activations": done.activations.forward}
+        yield gathered | {"activations": done.activations.boundary, "logits": _logits(setting, done, stage)}
 
 
 def _update(setting: Setting, stage: int) -> Iterator[Moment]:
-    """Passes with backward: what is kept, and beside it the logits or, later, one layer at work.
+    """Passes with backward: what is kept, and beside it the logits or one layer at work; at last one layer alone.
 
-    Layers under the lowest trained one keep nothing. Gradients of all models are there until the step.
+    Layers under the lowest trained one keep nothing.
     """
-    is_last = stage == setting.layout.pipeline - 1
-    divided = setting.layout.sharding if setting.layout.sharding_stage >= 2 else 1
-    gradients = {"gradients": _learnt(setting, stage) * setting.precision.gradient / divided}
     for done in setting.learning():
         model, activations = done.model, done.activations
         layers = model.trained_layers(setting.layout, stage)
-        kept = activations.boundary if model.recompute else activations.kept
+        first, last = _gradients(setting, model, stage)
+        one_layer = model.shape.layer_parameters(setting.layout.tensor) * setting.precision.weight
+        gathered = {"gathered": one_layer if setting.layout.sharding_stage == 3 else 0.0}
+        kept = activations.boundary if done.recomputes else activations.kept
         kept = _flying(setting, stage) * (layers * kept + _between_stages(setting.layout, stage, activations))
-        at_work = activations.backward - (0 if model.recompute else activations.kept)
-        if is_last:
-            logits = _logits(setting, done, stage)
-            yield gradients | {"activations": kept + activations.final_norm, "logits": logits}
-        yield gradients | {"activations": kept + (at_work if layers else activations.forward)}
+        at_work = activations.backward - (0 if done.recomputes else activations.kept)
+        if stage == setting.layout.pipeline - 1:
+            final, logits = kept + activations.final_norm, _logits(setting, done, stage)
+            yield {"gradients": first, "activations": final, "logits": logits}
+        yield gathered | {"gradients": first, "activations": kept + (at_work if layers else activations.forward)}
+        yield gathered | {"gradients": last, "activations": activations.backward if layers else 0.0}
+
+
+def _gradients(setting: Setting, model: Model, stage: int) -> tuple[float, float]:
+    """Bytes of all models' gradients when the last backward pass of ``model`` begins and when it ends.
+
+    From ZeRO stage 2 on a rank keeps the float32 sums of those it owns; beside them one pass's gradients are whole
+    until it ends (stage 2), or those of a layer and of what is no layer (stage 3).
+    """
+    layout, width = setting.layout, setting.precision.gradient
+    learnt, own = _learnt(setting, stage), model.trained_parameters(layout, stage)
+    if layout.sharding_stage < 2:
+        return learnt * width, learnt * width
+    sums = 4 * learnt / layout.sharding
+    if layout.sharding_stage == 2:
+        return sums, sums + own * width
+    each = model.shape.layer_parameters(layout.tensor)
+    layers = model.trained_layers(layout, stage)
+    return (sums + (own - (layers - min(layers, 1)) * each) * width,) * 2
 
 
 def _flying(setting: Setting, stage: int) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment.parallel.layout import Layout, check_model, layers_of_stage
 from alignment.parallel.plan.arguments import Sizes
-from alignment.parallel.plan.layout import Layout, check_model, layers_of_stage
 from alignment.parallel.plan.shapes import ModelShape, find_config, read_shape
 from alignment.ppo.models.default import DEFAULT_MODEL_NAME
 from alignment.runtime.faults import UsageError
@@ -62,9 +62,9 @@ class Model:
         own_head = self._has_head_matrix(layout, stage) and not self.shape.tie_word_embeddings
         return self._count(layout, stage, self.trained_layers(layout, stage), int(own_head))
 
-    def largest_unit(self, layout: Layout) -> int:
-        """A layer, or the embedding: what ZeRO stage 3 gathers at a time."""
-        return max(self.shape.layer_parameters(layout.tensor), self.shape.embedding_parameters(layout.tensor))
+    def layer_parameters(self, layout: Layout, stage: int) -> int:
+        """Those of the layers alone, which ZeRO stage 3 divides."""
+        return len(self.layers(layout, stage)) * self.shape.layer_parameters(layout.tensor)
 
     def _has_head_matrix(self, layout: Layout, stage: int) -> bool:
         is_last = stage == layout.pipeline - 1

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from alignment.parallel.layout import STAGES, Layout, resolve_layout
 from alignment.parallel.plan.activations import precision_of
 from alignment.parallel.plan.arguments import Sizes
-from alignment.parallel.plan.layout import STAGES, Layout, resolve_layout
 from alignment.parallel.plan.memory import Memory, memory_of
 from alignment.parallel.plan.models import Model, models_of
 from alignment.parallel.plan.setting import Setting
@@ -76,8 +76,8 @@ class Plan:
 
     def verdict(self) -> str:
         """One line: how much is needed where, and what would help if that is too much."""
-        where = f"{self.largest.phase}" + (f" on pipeline stage {self.largest.stage}" * (self.layout.pipeline > 1))
-        need = f"{where} needs {self.needed_gb:.1f} GB of a device's {self.device_memory_gb:g}"
+        where = f" on pipeline stage {self.largest.stage}" if self.layout.pipeline > 1 else ""
+        need = f"{self.largest.phase}{where} needs {self.needed_gb:.1f} GB of a device's {self.device_memory_gb:g}"
         if self.fits:
             return f"fits: {need}, the most of all phases"
         options = "; ".join(f"{remedy.options} ({remedy.needed_gb:.1f} GB)" for remedy in self.remedies)

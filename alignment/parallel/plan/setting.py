@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from alignment.parallel.layout import Layout
 from alignment.parallel.plan.activations import Activations, Precision
 from alignment.parallel.plan.arguments import Sizes
-from alignment.parallel.plan.layout import Layout
 from alignment.parallel.plan.models import Model
 
 
@@ -18,6 +18,11 @@ class Pass(NamedTuple):
     model: Model
     activations: Activations
     targets: int
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes each layer anew: if asked to, and always where ZeRO divides layers."""
+        return self.model.recompute or self.activations.layout.sharding_stage == 3
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,17 @@ class Setting:
 
     @property
     def rollout_layout(self) -> Layout:
-        """Layout of the actor that samples: its own, or that of the copy that eval_mode asks for."""
+        """Layout of the actor while it samples: its own, or what eval_mode asks for; never sequence parallel."""
+        layout = replace(self.layout, sequence_parallel=False)
         if not self.sizes.eval_mode:
-            return self.layout
-        whole = replace(self.layout, pipeline=1, sharding_stage=0, sequence_parallel=False)
-        return replace(whole, tensor=1) if self.sizes.eval_mode == "single" else whole
+            return layout
+        return replace(layout, pipeline=1, tensor=1 if self.sizes.eval_mode == "single" else layout.tensor)
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether that takes a second actor."""
+        own, other = self.layout, self.rollout_layout
+        return self.stage == "ppo" and (own.tensor, own.pipeline) != (other.tensor, other.pipeline)
 
     def activations(self, model: Model, rows: int, length: int) -> Activations:
         """Of ``rows`` sequences, or in reward modelling pairs, of ``length`` tokens."""

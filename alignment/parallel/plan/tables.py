@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from alignment.parallel.plan.layout import Layout
+from alignment.parallel.layout import Layout
 from alignment.parallel.plan.memory import Memory
 from alignment.parallel.plan.models import Model
 from alignment.parallel.plan.planning import GB, Plan
@@ -24,8 +24,9 @@ _PLAIN_WIDTH = 110
 _MEMORY = {
     "weights": "weights",
     "optimizer": "optimizer",
-    "gradients": "gradients",
     "copy": "copy",
+    "gradients": "gradients",
+    "gathered": "gathered",
     "cache": "KV cache",
     "activations": "activations",
     "logits": "logits",
@@ -37,7 +38,7 @@ _TRAFFIC = {
     "tensor": "tensor",
     "pipeline": "pipeline",
     "total": "total",
-    "rollout": "rollout *",
+    "iteration": "iteration *",
 }
 
 
@@ -75,7 +76,7 @@ def grids(plan: Plan) -> list[Grid]:
     memory = _grid("Memory of a rank, GB", ["phase", "stage"], plan.memory, _MEMORY)
     if plan.processes == 1:
         return [memory]
-    mark = " (* an iteration)" if any(traffic.rollout for traffic in plan.traffic) else ""
+    mark = " (* besides, an iteration)" if any(traffic.iteration for traffic in plan.traffic) else ""
     return [memory, _grid(f"Sent by a rank, GB an optimizer step{mark}", ["stage"], plan.traffic, _TRAFFIC)]
 
 

@@ -18,9 +18,9 @@ _SEQUENCE_FORWARD = _SEQUENCE_BACKWARD = 3.5
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank of one pipeline stage sends in an optimizer step; rollout: before sampling, in an iteration.
+    """Bytes that a rank of one pipeline stage sends in an optimizer step, and besides in an ``iteration`` of ppo.
 
-    gradients: to sum them over the ranks that see other data; weights: to gather what ZeRO divides; tensor: partial
+    gradients: to sum them over the ranks that see other data; weights: to hand on what ZeRO divides; tensor: partial
     sums of layers (those of embedding and logits, about 1 in 4 L, are left out); pipeline: to the neighbouring stages.
     """
 
@@ -29,7 +29,7 @@ class Traffic:
     weights: float
     tensor: float
     pipeline: float
-    rollout: float
+    iteration: float
 
     @property
     def total(self) -> float:
@@ -47,11 +47,12 @@ def _of_stage(setting: Setting, stage: int) -> Traffic:
     passes = list(setting.learning()) * setting.sizes.gradient_accumulation_steps
     return Traffic(
         stage,
-        gradients=sum(_gradients(setting, model, stage) for model in trained),
-        weights=sum(_weights(setting, model, stage) for model in trained),
+        gradients=sum(_summed(setting, model, stage) for model in trained)
+        + sum(_collected(done, stage) for done in passes),
+        weights=sum(_updated(setting, model, stage) for model in trained) + sum(_brought(d, stage) for d in passes),
         tensor=sum(_tensor(done, stage) for done in passes),
         pipeline=sum(_pipeline(done, stage) for done in passes),
-        rollout=_rollout(setting, stage),
+        iteration=_iteration(setting, stage) if setting.stage == "ppo" else 0.0,
     )
 
 
@@ -65,32 +66,47 @@ def all_reduce(size: float, ranks: int) -> float:
     return 2 * all_gather(size, ranks)
 
 
-def _gradients(setting: Setting, model: Model, stage: int) -> float:
-    """All-reduce over all ranks that see other data; from ZeRO stage 2 on every micro-batch goes to the owners only.
+def _summed(setting: Setting, model: Model, stage: int) -> float:
+    """Once a step: gradients over all ranks that see other data; from ZeRO stage 2 on over the owners of each alone.
 
-    The owners of a shard, one in each data-parallel replica, then sum theirs (arXiv:1910.02054, section 7). The two
-    copies of a tied embedding, at the ends of a pipeline, are summed besides.
+    The two copies of a tied embedding, at the ends of a pipeline, are summed besides.
     """
     layout, shape = setting.layout, model.shape
     size = _FLOAT32 * model.trained_parameters(layout, stage)
     if layout.sharding_stage < 2:
         sent = all_reduce(size, layout.data * layout.sharding)
     else:
-        to_owners = all_gather(size, layout.sharding) * setting.sizes.gradient_accumulation_steps
-        sent = to_owners + all_reduce(size / layout.sharding, layout.data)
+        sent = all_reduce(size / layout.sharding, layout.data)
     is_end = layout.pipeline > 1 and stage in (0, layout.pipeline - 1)
     if is_end and shape.tie_word_embeddings and not model.scores and model.unfrozen is None:
         sent += all_reduce(_FLOAT32 * shape.embedding_parameters(layout.tensor), 2)
     return sent
 
 
-def _weights(setting: Setting, model: Model, stage: int) -> float:
-    """ZeRO 1 and 2 hand on the updated weights; ZeRO 3 gathers all of them for every forward and backward pass."""
+def _collected(done: Pass, stage: int) -> float:
+    """With every micro-batch, from ZeRO stage 2 on: gradients to their owners (arXiv:1910.02054, section 7)."""
+    layout = done.activations.layout
+    if layout.sharding_stage < 2:
+        return 0.0
+    return all_gather(_FLOAT32 * done.model.trained_parameters(layout, stage), layout.sharding)
+
+
+def _updated(setting: Setting, model: Model, stage: int) -> float:
+    """Once a step: updated weights from their owners; in ZeRO stage 3 of what is no layer."""
     layout = setting.layout
+    updated = model.trained_parameters(layout, stage)
+    if layout.sharding_stage == 3:
+        updated -= model.trained_layers(layout, stage) * model.shape.layer_parameters(layout.tensor)
+    return all_gather(_FLOAT32 * updated, layout.sharding)
+
+
+def _brought(done: Pass, stage: int) -> float:
+    """With every micro-batch, in ZeRO stage 3: each layer's weights, for a trained one also to go backward."""
+    layout, model = done.activations.layout, done.model
     if layout.sharding_stage < 3:
-        return all_gather(_FLOAT32 * model.trained_parameters(layout, stage), layout.sharding)
-    times = 2 * setting.sizes.gradient_accumulation_steps
-    return times * all_gather(setting.precision.weight * model.parameters(layout, stage), layout.sharding)
+        return 0.0
+    times = len(model.layers(layout, stage)) + model.trained_layers(layout, stage)
+    return all_gather(_FLOAT32 * times * model.shape.layer_parameters(layout.tensor), layout.sharding)
 
 
 def _tensor(done: Pass, stage: int) -> float:
@@ -100,7 +116,7 @@ def _tensor(done: Pass, stage: int) -> float:
     sequence = layout.sequence_parallel
     forward, backward = (_SEQUENCE_FORWARD, _SEQUENCE_BACKWARD) if sequence else (_FORWARD, _BACKWARD)
     trained = model.trained_layers(layout, stage)
-    times = forward * len(model.layers(layout, stage)) + (backward + forward * model.recompute) * trained
+    times = forward * len(model.layers(layout, stage)) + (backward + forward * done.recomputes) * trained
     size = activations.tokens * model.shape.hidden_size * activations.precision.activation
     return times * all_reduce(size, layout.tensor)
 
@@ -112,18 +128,17 @@ def _pipeline(done: Pass, stage: int) -> float:
     return ((stage < layout.pipeline - 1) + learns) * done.activations.handed_on
 
 
-def _rollout(setting: Setting, stage: int) -> float:
-    """To build eval_mode's copy out of the parts; without one ZeRO 3 gathers all weights for every token of a batch.
+def _iteration(setting: Setting, stage: int) -> float:
+    """Once an iteration: the copy that samples, out of the parts (what a rank receives, and on average sends).
 
-    What a rank receives, and on average sends.
+    ZeRO stage 3 brings every model's layers together to score, and the actor's to sample.
     """
-    sizes, layout, width = setting.sizes, setting.layout, setting.precision.weight
-    if setting.stage != "ppo":
-        return 0.0
-    actor = setting.models[0]
-    here = actor.parameters(layout, stage)
-    held = here / layout.sharding if layout.sharding_stage == 3 else here
-    if sizes.eval_mode:
-        return max(0.0, width * (actor.parameters(setting.rollout_layout, 0) - held))
-    batches = -(-sizes.per_device_prompt_batch_size * sizes.num_return_sequences // sizes.per_device_eval_batch_size)
-    return batches * setting.answer_length * width * (here - held)
+    layout, actor = setting.layout, setting.models[0]
+    sent = 0.0
+    if setting.has_copy:
+        missing = actor.parameters(setting.rollout_layout, 0) - actor.parameters(layout, stage)
+        sent += setting.precision.weight * max(0, missing)
+    if layout.sharding_stage == 3:
+        layers = sum(model.layer_parameters(layout, stage) for model in (*setting.models, actor))
+        sent += all_gather(_FLOAT32 * layers, layout.sharding)
+    return sent

@@ -1,0 +1,157 @@
+"""Runs training scenarios one after the other in the layout that the command line asks for, and keeps what happened.
+
+    python -m paddle.distributed.launch --nproc_per_node 4 tests/parallel/trajectories.py PROJECT OUT SET \
+        --tensor_parallel_degree 2 --pipeline_parallel_degree 2
+
+One process group serves all scenarios of a SET (a key of SETS), for importing Paddle costs more than training these
+models. OUT/<scenario> is an ordinary output directory and, for RL, rollouts.npz: the sampled tokens of each iteration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(CHECKOUT)
+
+import numpy as np  # noqa: E402
+
+from alignment.parallel.topology import topology  # noqa: E402
+from alignment.ppo.arguments import GROUPS as PPO_GROUPS  # noqa: E402
+from alignment.ppo.build import build_trainer as build_ppo  # noqa: E402
+from alignment.ppo.trainer import PARTS  # noqa: E402
+from alignment.rm.arguments import GROUPS as RM_GROUPS  # noqa: E402
+from alignment.rm.run_reward import build_trainer as build_rm  # noqa: E402
+from alignment.runtime.arguments import parse  # noqa: E402
+from alignment.runtime.faults import run_main  # noqa: E402
+from alignment.runtime.metrics import is_main_process  # noqa: E402
+from alignment.sft.arguments import GROUPS as SFT_GROUPS  # noqa: E402
+from alignment.sft.run_sft import build_trainer as build_sft  # noqa: E402
+from alignment.training.stage import run_stage  # noqa: E402
+from tests.parallel import mistakes  # noqa: E402
+from tests.stages import ARGUMENTS, write_project, write_reward_model, write_tiny_model  # noqa: E402
+
+GLOBAL_BATCH, PROMPTS = 8, 4
+# 4 optimizer steps; 22 and 7 samples leave an uneven last batch in each epoch.
+SAVED = {"save_strategy": "steps"}
+SUPERVISED = SAVED | {"train_datasets": "animals:22/-1", "max_steps": 4, "save_steps": 2}
+ONLINE = SAVED | {"train_datasets": "animals:7/-1", "max_steps": 2, "save_steps": 1, "update_iters": 2, "eval_steps": 1}
+REWARD = SUPERVISED | {"learning_rate": 1e-3}  # more diverges, and divergence enlarges differences of rounding
+MODELS = {  # 292 tokens divide by 2 and 4; 289, what the tokenizer has, do not: every process then has all logits
+    "llama_tied": {"family": "llama", "tied": True, "vocab_size": 292},
+    "llama_untied": {"family": "llama", "tied": False, "vocab_size": 292},
+    "qwen2_tied": {"family": "qwen2", "tied": True, "vocab_size": 292},
+    "qwen2_untied": {"family": "qwen2", "tied": False, "vocab_size": 289},
+}
+VARIANTS = {  # name: (stage, arguments)
+    "sft": ("sft", SUPERVISED),
+    "sft_frozen": ("sft", SUPERVISED | {"num_layers_unfrozen": 1}),
+    "rm": ("rm", REWARD),
+    "rm_tokens": ("rm", REWARD | {"loss_type": "token-wise"}),
+    "ppo": ("ppo", ONLINE | {"reward_model_name_or_path": "reward_model", "critic_num_layers_unfrozen": 2}),
+    "apa": ("ppo", ONLINE | {"policy_loss": "apa", "kl_controller": "adaptive", "kl_target": 0.01, "kl_horizon": 50}),
+    "awr": ("ppo", ONLINE | {"policy_loss": "awr", "awr_weight_clip": 2.0}),
+}
+SETS = {
+    "fast": [
+        "sft-llama_tied",
+        "sft_frozen-llama_untied",
+        "rm-qwen2_tied",
+        "rm_tokens-llama_tied",
+        "ppo-llama_tied",
+        "apa-qwen2_untied",
+    ],
+    "full": [f"{variant}-{model}" for variant in VARIANTS for model in MODELS],
+    "rl": ["ppo-llama_tied"],
+    "supervised": ["sft-llama_tied"],
+}
+BUILDERS = {
+    "sft": (build_sft, SFT_GROUPS, ("",)),
+    "rm": (build_rm, RM_GROUPS, ("",)),
+    "ppo": (build_ppo, PPO_GROUPS, PARTS),
+}
+
+
+def write_models(folder: Path) -> Path:
+    """A user's project (tests.stages) with every model of MODELS and a reward model."""
+    write_project(folder)
+    for name, options in MODELS.items():
+        write_tiny_model(folder / name, num_hidden_layers=3, **options)
+        write_tiny_model(folder / f"{name}_wide", num_hidden_layers=3, scale=1.0, **options)
+    write_reward_model(folder / "reward_model", num_hidden_layers=3, **MODELS["llama_tied"])
+    return folder
+
+
+def arguments_of(scenario: str, out: Path) -> tuple[str, dict]:
+    """Stage and arguments of "<variant>-<model>", but for batch sizes and layout."""
+    variant, model = scenario.split("-")
+    stage, changes = VARIANTS[variant]
+    key = "actor_model_name_or_path" if stage == "ppo" else "model_name_or_path"
+    if stage == "rm":  # whose scores differ: they are normalised by their deviation, and rounding with them
+        model += "_wide"
+    return stage, ARGUMENTS[stage] | changes | {key: model, "output_dir": str(out / scenario)}
+
+
+def run_scenario(
+    scenario: str, out: Path, overrides: list[str], data_size: int, accumulation: int, resume: Path | None
+) -> None:
+    """One scenario with the same global batch in every layout; ``resume``: the OUT of the run to go on with."""
+    stage, arguments = arguments_of(scenario, out)
+    if resume:
+        part, saved = (PARTS[0], ONLINE["save_steps"]) if stage == "ppo" else ("", SUPERVISED["save_steps"])
+        arguments["resume_from_checkpoint"] = str(resume / scenario / part / f"checkpoint-{saved}")
+    arguments |= {
+        "per_device_train_batch_size": max(1, GLOBAL_BATCH // data_size // accumulation),
+        "gradient_accumulation_steps": accumulation,
+    }
+    if stage == "ppo":
+        arguments["per_device_prompt_batch_size"] = PROMPTS // data_size
+    build, groups, parts = BUILDERS[stage]
+    file = out / f"{scenario}.{os.environ.get('PADDLE_TRAINER_ID', 0)}.json"
+    file.write_text(json.dumps(arguments))
+    rollouts: list[dict[str, np.ndarray]] = []
+
+    def build_recorded(*parsed: object) -> object:
+        trainer = build(*parsed)
+        if stage == "ppo":
+            sample = trainer.rollout
+
+            def rollout(iteration: int) -> object:
+                collected = sample(iteration)
+                rollouts.append(vars(collected.experience))
+                return collected
+
+            trainer.rollout = rollout
+        return trainer
+
+    run_stage(stage, parse([str(file), *overrides], groups), build_recorded, parts)
+    if rollouts and is_main_process():
+        arrays = {f"{i}/{name}": array for i, fields in enumerate(rollouts) for name, array in fields.items()}
+        np.savez(out / scenario / "rollouts.npz", **arrays)
+
+
+def main() -> None:
+    """PROJECT OUT SET [--data_size D] [--accumulation A] [--resume OUT] [--mistake NAME] [--key value ...]."""
+    project, out, name, *rest = sys.argv[1:]
+    own = {"--data_size": "1", "--accumulation": "1", "--resume": "", "--mistake": ""}
+    overrides = []
+    for key, value in zip(rest[::2], rest[1::2], strict=True):
+        if key in own:
+            own[key] = value
+        else:
+            overrides += [key, value]
+    os.chdir(project)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    if own["--mistake"]:
+        mistakes.make(own["--mistake"])
+    resume = Path(own["--resume"]) if own["--resume"] else None
+    for scenario in SETS[name]:
+        run_scenario(scenario, Path(out), overrides, int(own["--data_size"]), int(own["--accumulation"]), resume)
+    assert topology().data_size == int(own["--data_size"])
+
+
+if __name__ == "__main__":
+    run_main(main)
