@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 
 from alignment.ppo.models import loading
-from alignment.ppo.models.policy import language_model_head, target_log_probs, trunk
+from alignment.ppo.models.policy import Packed, hidden_states, language_model_head, target_log_probs, trunk
 from alignment.runtime.bootstrap import configure_paddle
 
 DECODE_ROWS, TRAIN_ROWS, CONTEXT, REPEATS = 64, 8, 50, 5
@@ -47,7 +47,8 @@ def make_training_step(model: paddle.nn.Layer) -> Callable[[], paddle.Tensor]:
     def step() -> paddle.Tensor:
         ids = paddle.to_tensor(IDS[:TRAIN_ROWS, :CONTEXT])
         everything = paddle.ones(ids.shape, dtype="bool")
-        log_probs, _ = target_log_probs(model, ids, everything, everything)
+        hidden = hidden_states(model, ids, everything)
+        log_probs = target_log_probs(model, hidden, Packed(ids, everything, everything))
         log_probs.sum().backward()
         model.clear_gradients()
         return log_probs

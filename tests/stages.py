@@ -157,10 +157,12 @@ def _tiny(
     vocab_size: int | None = None,
     num_hidden_layers: int = 2,
     scale: float = 1 / 6,
+    **changes: Any,
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Configuration and weights, the matrices' entries of deviation 0.3 * scale; default vocabulary: the tokenizer's."""
+    """Configuration and weights, the matrices' entries of deviation 0.3 * scale; vocab_size: or the tokenizer's."""
     tokens = write_tokenizer(directory)
-    config = make_config(family, tied=tied, vocab_size=vocab_size or tokens, num_hidden_layers=num_hidden_layers)
+    sizes = {"vocab_size": vocab_size or tokens, "num_hidden_layers": num_hidden_layers, **changes}
+    config = make_config(family, tied, **sizes)
     weights = {name: value * scale if value.ndim > 1 else value for name, value in random_weights(config, 1).items()}
     return config, weights
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.stages import read_rows, run, weights_of, write_project
+from tests.stages import read_rows, run, weights_of, write_project, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +16,7 @@ def project(tmp_path_factory):
     corrupt = shutil.copytree(folder / "model", folder / "corrupt")
     weights = (corrupt / "model.safetensors").read_bytes()
     (corrupt / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    write_tiny_model(folder / "odd", num_key_value_heads=1)
     (folder / "empty.jsonl").write_text("")
     (folder / "no_answer.jsonl").write_text(json.dumps({"input": "Say cat"}) + "\n")
     return folder
@@ -47,6 +48,27 @@ USAGE = {  # name: (stage, overrides, what the line must say)
     "nothing to resume from": ("rm", ("--resume_from_checkpoint", "true"), ("resume_from_checkpoint",)),
     "too many layers": ("rm", ("--num_layers_unfrozen", "9"), ("num_layers_unfrozen", "9", "2")),
 }
+TP, PP = "--tensor_parallel_degree", "--pipeline_parallel_degree"
+LAYOUTS = {  # name: (processes, stage, overrides, what the line must say)
+    "degrees that do not divide the processes": (2, "rm", (TP, "3"), (TP[2:], " 3 ", "are 2", "multiple of 3")),
+    "heads that do not divide": (
+        2,
+        "ppo",
+        (TP, "2", "--actor_model_name_or_path", "odd"),
+        ("actor_model_name_or_path", "num_key_value_heads = 1", "what does: 1"),
+    ),
+    "more stages than layers": (3, "sft", (PP, "3"), (PP[2:], "3", "2 layers")),
+    "stages with sharded gradients": (4, "rm", (PP, "2", "--sharding", "stage2"), ("stage2", PP[2:], "stage1")),
+    "an unknown sharding stage": (2, "sft", ("--sharding", "stage4"), ("sharding", "stage4", "stage3")),
+    "sharding without its degree's processes": (
+        2,
+        "sft",
+        ("--sharding", "stage1", "--sharding_parallel_degree", "3"),
+        ("sharding_parallel_degree", "3", "2 processes"),
+    ),
+    "a sequence without a tensor": (2, "sft", ("--sequence_parallel", "true"), ("sequence_parallel", TP[2:])),
+    "an unknown layout of the rollout": (2, "ppo", ("--eval_mode", "double"), ("eval_mode", "double", "single")),
+}
 FAULTS = {
     "reward function raises": (("--reward_function", "user_reward.py:broken"), ("broken", "no reward today")),
     "reward is not a number": (("--reward_function", "user_reward.py:not_a_number"), ("not_a_number", "nan")),
@@ -71,6 +93,16 @@ def assert_one_line(shown, words):
 def test_usage(project, name):
     stage, overrides, words = USAGE[name]
     status, shown = run(project, stage, "--output_dir", "never", *overrides)
+    assert status == 2, shown
+    assert_one_line(shown, words)
+    assert not list((project / "never").glob("*"))
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_that_cannot_work(project, name):
+    processes, stage, overrides, words = LAYOUTS[name]
+    status, shown = run(project, stage, "--output_dir", "never", *overrides, processes=processes)
     assert status == 2, shown
     assert_one_line(shown, words)
     assert not list((project / "never").glob("*"))

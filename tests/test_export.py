@@ -80,8 +80,11 @@ def test_score_model(base, tmp_path):
     save_model(model, None, tmp_path / "reward")
     write_json_tokenizer(tmp_path / "reward")
     assert "load_value" in export_checkpoint(str(tmp_path / "reward"), tmp_path / "out")
-    model.eval()
-    np.testing.assert_array_equal(load_value(tmp_path / "out", require_head=True)(IDS).numpy(), model(IDS).numpy())
+    exported = load_value(tmp_path / "out", require_head=True)
+    for one in (model, exported):
+        one.eval()
+    mask = paddle.ones(IDS.shape, dtype="bool")
+    np.testing.assert_array_equal(exported(IDS, mask).numpy(), model(IDS, mask).numpy())
 
 
 @pytest.mark.parametrize("form", ["pdparams", "safetensors"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import paddle
 import paddle.distributed as dist
 
-from alignment.parallel.collectives import SumOverTensorGroup
+from alignment.parallel.collectives import CopyToTensorGroup, SumOverTensorGroup
 from alignment.parallel.topology import topology
 
 
@@ -30,12 +30,12 @@ def split_log_probs(logits: paddle.Tensor, ids: paddle.Tensor, temperature: floa
 def split_entropy(logits: paddle.Tensor, temperature: float = 1.0) -> paddle.Tensor:
     """Entropy in nats of softmax(logits / temperature), float32 [n]; arguments as ``split_log_probs``.
 
-    H = log Z - sum p z, whose sum is over all columns.
+    log Z, the same everywhere, meets different columns on every process: hence the copy, for its gradient. Logits
+    must be finite.
     """
     logits = logits.astype("float32") / temperature
-    total = _log_sum_exp(logits)
-    probs = (logits - total.unsqueeze(-1)).exp()
-    return total - SumOverTensorGroup.apply((probs * logits).sum(-1))
+    log_probs = logits - CopyToTensorGroup.apply(_log_sum_exp(logits)).unsqueeze(-1)
+    return -SumOverTensorGroup.apply((log_probs.exp() * log_probs).sum(-1))
 
 
 def _log_sum_exp(logits: paddle.Tensor) -> paddle.Tensor:

@@ -41,7 +41,8 @@ class Learner:
         self, args: Any, actor: TrainingEngine, critic: TrainingEngine, ptx_set: Any | None = None
     ) -> None:
         self.args, self.actor, self.critic, self.ptx_set = args, actor, critic, ptx_set
-        self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * topology().data_size
+        own = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.minibatch_size = own * topology().data_size
         if ptx_set is not None:
             self.ptx_schedule = BatchSchedule(len(ptx_set), self.minibatch_size, args.data_seed)
             self.collate_texts = ptx_set.get_collator()

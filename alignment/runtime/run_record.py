@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -78,7 +79,10 @@ def _version(package: str) -> str:
 def _topology() -> dict[str, Any]:
     import paddle
 
+    from alignment.parallel.topology import topology
+
     return {
+        "layout": asdict(topology().layout),
         "processes": int(os.environ.get("PADDLE_TRAINERS_NUM") or 1),
         "processes_here": int(os.environ.get("PADDLE_LOCAL_SIZE") or 1),
         "nodes": int(os.environ.get("PADDLE_NNODES") or 1),

@@ -161,12 +161,12 @@ class StageArguments(TrainingArguments):
         # PaddleNLP joins the launcher's processes here, and Paddle writes a banner of flags to stderr while it does
         quiet = contextlib.nullcontext() if log_level == "debug" else contextlib.redirect_stderr(io.StringIO())
         self.layout = resolve_layout(vars(self), process_count())
-        try:
-            with quiet:
-                join(self.layout, self.seed)
+        with quiet:
+            join(self.layout, self.seed)
+            try:
                 super().__post_init__()
-        except (ValueError, AssertionError) as fault:
-            raise UsageError(f"arguments: {fault}") from fault
+            except (ValueError, AssertionError) as fault:
+                raise UsageError(f"arguments: {fault}") from fault
         # PaddleNLP resets these two: the first to -1, the second to VisualDL where it is empty
         self.log_level, self.report_to = log_level, report_to
 

@@ -28,6 +28,7 @@ def run_stage(
     check_output(args, parts)
     paddle.seed(args.seed)
     trainer = build(*arguments)
+    barrier()  # loading may have taken one process much longer than another
     clear_output(args, parts)
     write_run_record(args.output_dir, stage, arguments)
     with mixed_precision(args):

@@ -12,9 +12,9 @@ from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
 from alignment.ppo.models import loading
 from alignment.ppo.models.cpu import attend_by_groups, speed_up_on_cpu
 from alignment.ppo.models.loading import load_policy
-from alignment.ppo.models.policy import position_ids_of, response_log_probs, trunk
+from alignment.ppo.models.policy import position_ids_of, trunk
 from tests.models.reference import rms_norm
-from tests.models.tiny import tiny_policy
+from tests.models.tiny import answer_log_probs, tiny_policy
 
 pytestmark = pytest.mark.skipif(paddle.get_device() != "cpu", reason="nothing is changed on a GPU")
 FORBIDDEN = np.finfo(np.float32).min  # what PaddleNLP adds to the scores of masked positions
@@ -47,6 +47,8 @@ def test_attention_by_groups(seed, batch, width, groups, shared, past, size):
     actual = attend_by_groups(tensors[0], None, *tensors[1:])
     assert actual.shape == [batch, width, groups * shared * size]
     np.testing.assert_allclose(actual.numpy(), attention(query, key, value, allowed), atol=2e-5)
+    by_tokens = attend_by_groups(tensors[0], None, *tensors[1:], sequence_parallel=True)  # rows of tokens
+    np.testing.assert_array_equal(by_tokens.numpy(), actual.numpy().reshape(batch * width, -1))
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -88,13 +90,12 @@ def make_batch():
     ids = np.random.default_rng(1).integers(4, 48, [3, 9])
     mask = np.ones([3, 9], bool)
     mask[0, :4] = mask[1, 7:] = False
-    return paddle.to_tensor(ids), paddle.to_tensor(mask), paddle.to_tensor(mask[:, 5:])
+    return ids, mask, mask[:, 5:]
 
 
 def learn(model):
     """Log-probabilities, and the gradients of their weighted sum."""
-    ids, mask, response_mask = make_batch()
-    log_probs, _ = response_log_probs(model, ids, mask, response_mask)
+    log_probs, _ = answer_log_probs(model, *make_batch())
     (log_probs * paddle.to_tensor(np.random.default_rng(2).normal(size=[3, 4]).astype(np.float32))).sum().backward()
     gradients = {name.split(".", 1)[1]: p.grad.numpy() for name, p in model.named_parameters()}
     model.clear_gradients()
@@ -122,7 +123,7 @@ def test_recomputed_activations(models, tmp_path):
 
 def test_decoding_with_a_cache(models):
     """A prompt, then two tokens one by one: the last hidden state of every step."""
-    ids, mask, _ = make_batch()
+    ids, mask, _ = (paddle.to_tensor(x) for x in make_batch())
     results = []
     for model in models:
         cache, steps = None, []

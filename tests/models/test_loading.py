@@ -163,6 +163,8 @@ def test_weights_that_do_not_fit(tmp_path):
     fails(write_checkpoint(tmp_path / "few", config, few), r"lacks weights model\.layers\.1\.mlp\.down_proj\.weight")
     more = weights | {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, dtype=np.float32)}
     fails(write_checkpoint(tmp_path / "more", config, more), "unknown weights model.layers.0.self_attn.q_proj.bias")
+    deep = random_weights(config | {"num_hidden_layers": 4})
+    fails(write_checkpoint(tmp_path / "deep", config, deep), r"unknown weights model\.layers\.3\.input_layernorm")
     wide = write_checkpoint(tmp_path / "wide", config | {"intermediate_size": 41}, weights)
     fails(wide, r"mlp\.\w+_proj\.weight has shape")
 

@@ -8,14 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.ppo.models.policy import (
-    language_model_head,
-    position_ids_of,
-    response_log_probs,
-    target_log_probs,
-    target_logits,
-)
-from tests.models.tiny import TinyPolicy, tiny_policy
+from alignment.ppo.models import policy as forward_pass
+from alignment.ppo.models.policy import hidden_states, language_model_head, pack, position_ids_of, target_log_probs
+from tests.models.tiny import TinyPolicy, answer_log_probs, log_softmax, tiny_policy
 
 PROMPTS, ANSWERS = (3, 1, 5), (2, 4, 1)  # tokens of each row
 P, T = max(PROMPTS), max(ANSWERS)
@@ -50,7 +45,7 @@ def expected_rows(policy: TinyPolicy, ids, mask, temperature=1.0):
 def test_response_log_probs(policy, temperature):
     ids, mask, response_mask = make_batch()
     with paddle.no_grad():
-        actual = response_log_probs(policy.model, *as_tensors(ids, mask, response_mask), temperature)
+        actual = answer_log_probs(policy.model, ids, mask, response_mask, temperature)
     assert [x.dtype for x in actual] == [paddle.float32] * 2
     for i, expected in enumerate(expected_rows(policy, ids, mask, temperature)):
         for x, y in zip(actual, expected, strict=True):
@@ -64,25 +59,36 @@ def test_padding_and_other_rows_change_nothing(policy, lengths, garbage):
     prompts, answers = zip(*lengths, strict=True)
     ids, mask, response_mask = make_batch(prompts, answers, garbage)
     with paddle.no_grad():
-        log_probs, entropy = response_log_probs(policy.model, *as_tensors(ids, mask, response_mask))
+        log_probs, entropy = answer_log_probs(policy.model, ids, mask, response_mask)
         for i, count in enumerate(answers):
             row = ids[i][mask[i]][None]
-            alone = response_log_probs(policy.model, *as_tensors(row, row >= 0, np.ones([1, count], bool)))
+            alone = answer_log_probs(policy.model, row, row >= 0, np.ones([1, count], bool))
             for batched, single in zip((log_probs, entropy), alone, strict=True):
                 np.testing.assert_allclose(batched[i, :count].numpy(), single[0].numpy(), atol=1e-5)
 
 
-def test_targets_come_in_row_major_order_anywhere_but_in_column_0(policy):
+def test_targets_come_in_row_major_order_anywhere_but_in_column_0(policy, monkeypatch):
+    """And nothing else becomes a logit."""
     ids, mask, _ = make_batch((1, 1), (6, 6), seed=1)
     target_mask = np.zeros_like(mask)
     target_mask[0, [1, 4]] = target_mask[1, [0, 2, 3, 6]] = True
+    seen = []
+
+    def head(model, hidden):
+        seen.append(language_model_head(model, hidden))
+        return seen[-1]
+
+    monkeypatch.setattr(forward_pass, "language_model_head", head)
     with paddle.no_grad():
-        log_probs, entropy = target_log_probs(policy.model, *as_tensors(ids, mask, target_mask))
-        logits, targets = target_logits(policy.model, *as_tensors(ids, mask, target_mask))
-    first, second = (np.stack(row) for row in expected_rows(policy, ids, mask))
-    expected = np.concatenate([first[:, [0, 3]], second[:, [1, 2, 5]]], 1)
-    np.testing.assert_allclose(np.stack([log_probs.numpy(), entropy.numpy()]), expected, atol=2e-4)
-    assert targets.tolist() == [*ids[0, [1, 4]], *ids[1, [2, 3, 6]]] and logits.shape == [5, 48]
+        packed = pack(*as_tensors(ids, mask, target_mask))
+        hidden = hidden_states(policy.model, packed.input_ids, packed.attention_mask)
+        log_probs = target_log_probs(policy.model, hidden, packed, temperature=0.7)
+    first, second = (policy.log_softmax(row, 0.7) for row in ids)
+    rows = np.stack([*first[[0, 3]], *second[[1, 2, 5]]])
+    targets = [*ids[0, [1, 4]], *ids[1, [2, 3, 6]]]
+    np.testing.assert_allclose(log_probs.numpy(), rows[range(5), targets], atol=2e-4)
+    assert log_probs.dtype == paddle.float32 and [logits.shape for logits in seen] == [[5, 48]]
+    np.testing.assert_allclose(log_softmax(seen[0].numpy() / 0.7), rows, atol=2e-4)
 
 
 def gradients(model, loss) -> dict[str, np.ndarray]:
@@ -98,8 +104,8 @@ def test_gradients_are_those_of_full_logits(policy):
     ids, mask, response_mask = make_batch()
     model, weight = policy.model, paddle.to_tensor(np.random.default_rng(2).normal(size=[3, T]).astype(np.float32))
     for entropy_weight in (0.0, 0.7):
-        log_probs, entropy = response_log_probs(
-            model, *as_tensors(ids, mask, response_mask), 0.8, train_entropy=entropy_weight > 0
+        log_probs, entropy = answer_log_probs(
+            model, ids, mask, response_mask, 0.8, train_entropy=entropy_weight > 0
         )
         assert entropy.stop_gradient == (entropy_weight == 0)
         actual = gradients(model, (weight * (log_probs + entropy_weight * entropy)).sum())

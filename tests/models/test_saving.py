@@ -11,7 +11,11 @@ from paddlenlp.transformers import AutoModelForCausalLM
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from alignment.parallel.layout import Layout
+from alignment.parallel.topology import Topology
+from alignment.ppo.models import weights as weight_files
 from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.saving import save_model
 from tests.models.reference import LLAMA3, make_config, random_weights, write_checkpoint
 
@@ -44,6 +48,50 @@ def test_paddlenlp_loads_it(tmp_path, family, tied):
     other.eval()
     ours, theirs = (one(ids, return_dict=True).logits.numpy() for one in (model, other))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)  # models/cpu.py: the same arithmetic, regrouped
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True)])
+def test_pipeline_stages_write_the_source_in_parts(tmp_path, monkeypatch, family, tied, stages):
+    """As the processes of a pipeline do it, one after another; the result loads as any sharded checkpoint."""
+    config = make_config(family, tied)
+    weights = random_weights(config)
+    source = write_checkpoint(tmp_path / "a", config, weights)
+    models = [load_policy(source, placement=Placement(stages=stages, stage=stage)) for stage in range(stages)]
+    skip = {"lm_head.weight"} if tied else set()
+    names = [list(weight_files.huggingface_weights(model, skip)) for model in models]
+    monkeypatch.setattr(weight_files, "gather_objects", lambda own, group: names)
+    for stage, model in enumerate(models):
+        monkeypatch.setattr(weight_files, "topology", lambda: Topology(Layout(pipeline=stages), stage=stage))  # noqa: B023
+        monkeypatch.setenv("PADDLE_TRAINER_ID", str(stage))
+        save_model(model, None, tmp_path / "b")
+    files = sorted((tmp_path / "b").glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-{i + 1:05d}-of-{stages:05d}.safetensors" for i in range(stages)]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
+    saved = [load_file(file) for file in files]
+    assert sorted(name for part in saved for name in part) == sorted(weights)
+    for part in saved:
+        for name, value in part.items():
+            np.testing.assert_array_equal(value, weights[name])
+    monkeypatch.undo()
+    save_model(load_policy(source), None, tmp_path / "whole")
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "b" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    other = load_policy(tmp_path / "b")
+    for name, parameter in load_policy(source).named_parameters():
+        np.testing.assert_array_equal(dict(other.named_parameters())[name].numpy(), parameter.numpy())
+
+
+def test_other_processes_of_a_stage_write_nothing(tmp_path, monkeypatch):
+    """Those with the same weights; a model directory has one writer a stage."""
+    config = make_config("llama", True)
+    model = load_policy(write_checkpoint(tmp_path / "a", config, random_weights(config)))
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "1")
+    place = Topology(Layout(data=2), data_rank=1)
+    monkeypatch.setattr(weight_files, "topology", lambda: place)
+    assert weight_files.huggingface_weights(model) == {}
+    save_model(model, None, tmp_path / "b")
+    assert list((tmp_path / "b").iterdir()) == []
 
 
 def test_cast(tmp_path):

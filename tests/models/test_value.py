@@ -25,7 +25,7 @@ def checkpoint(request, tmp_path):
 def scores_of(model, ids, mask=None):
     model.eval()
     with paddle.no_grad():
-        return model(paddle.to_tensor(ids), None if mask is None else paddle.to_tensor(mask))
+        return model(paddle.to_tensor(ids), paddle.to_tensor(np.ones_like(ids, bool) if mask is None else mask))
 
 
 def test_scores_match_reference(checkpoint):

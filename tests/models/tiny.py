@@ -11,6 +11,7 @@ import paddle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.policy import hidden_states, pack_responses, response_log_probs
 from alignment.ppo.models.tokenizer import load_tokenizer
 from tests.models.reference import logits, make_config, random_weights, write_checkpoint
 
@@ -42,6 +43,16 @@ def tiny_policy(directory: Path, family: str = "llama", tied: bool = False, seed
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def answer_log_probs(
+    model: paddle.nn.Layer, ids, mask, response_mask, temperature: float = 1.0, train_entropy: bool = False
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Log-probabilities and entropies [B, T] of answers, by both halves of a forward pass over arrays."""
+    ids, mask, response_mask = (paddle.to_tensor(x) for x in (ids, mask, response_mask))
+    packed = pack_responses(ids, mask, response_mask)
+    hidden = hidden_states(model, packed.input_ids, packed.attention_mask)
+    return response_log_probs(model, hidden, packed, response_mask, temperature, train_entropy)
 
 
 def tiny_tokenizer(directory: Path, vocab_size: int = 48):

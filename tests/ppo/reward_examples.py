@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alignment.ppo.rewards import RewardBatch
+from alignment.ppo.rewards import RewardBatch, RewardSource
 
 FUNCTIONS = """
 import math
@@ -36,7 +36,7 @@ def make_batch(responses=("a b c", "a", "hello", "x y")):
     )
 
 
-class Constant:
+class Constant(RewardSource):
     name = "constant"
 
     def __init__(self, value):

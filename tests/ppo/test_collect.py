@@ -1,4 +1,4 @@
-"""Collected experience against NumPy forward passes of each answer alone, on any number of ranks."""
+"""Collected experience against NumPy forward passes of each answer alone, on any number of processes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from alignment.ppo import collect
 from alignment.ppo.collect import Collector
 from alignment.ppo.experience import Experience
 from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.policy import passes_of, trunk
 from alignment.ppo.models.value import load_value
-from alignment.ppo.rewards import FunctionReward, WeightedRewards
-from alignment.ppo.rollout.eager import EagerRolloutEngine
+from alignment.ppo.reshard import Sampler
+from alignment.ppo.rewards import FunctionReward, RewardSource, WeightedRewards
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.runtime.timing import PhaseTimer
 from tests.models.reference import hidden_states
 from tests.models.tiny import tiny_policy, tiny_tokenizer
+from tests.processes import play
+from tests.training.language_model import make_engine
 
 SAMPLING = SamplingParameters(max_new_tokens=6, eos_token_ids=(2, 11, 30, 40), pad_token_id=3)
 LENGTHS = (4, 1, 7, 2)
@@ -50,10 +52,20 @@ def rewards(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def collector(models, critic, rewards, tmp_path_factory):
-    actor, reference = models[0].model, models[1].model
-    engine, tokenizer = EagerRolloutEngine(actor, 8), tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return Collector(engine, actor, reference, critic, rewards, tokenizer, 3, PhaseTimer())
+def make_collector(models, critic, rewards, tmp_path_factory):
+    """() -> a collector of the process that calls it."""
+    actor, tokenizer = make_engine(models[0].model), tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+    def make():
+        passes = (actor.pipeline, passes_of(models[1].model), passes_of(critic))
+        return Collector(Sampler(actor, None, 8), *passes, rewards, tokenizer, 3, PhaseTimer())
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def collector(make_collector):
+    return make_collector()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +93,7 @@ def words(ids) -> str:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_every_number_is_that_of_the_answer_alone(collector, models, critic, temperature):
-    policy, reference, trunk = models
+    policy, reference, critic_trunk = models
     prompts = make_prompts()
     collected = collector.collect(prompts, 2, seed=1, iteration=0, sampling=replace(SAMPLING, temperature=temperature))
     experience, head = collected.experience, critic.score_head.weight.numpy()
@@ -102,7 +114,7 @@ def test_every_number_is_that_of_the_answer_alone(collector, models, critic, tem
             "ref_log_probs": np.take_along_axis(
                 reference.log_softmax(text, temperature)[before_actions], answer[:, None], 1
             )[:, 0],
-            "values": (hidden_states(trunk.weights, trunk.config, text) @ head)[before_actions, 0],
+            "values": (hidden_states(critic_trunk.weights, critic_trunk.config, text) @ head)[before_actions, 0],
         }
         for name, value in expected.items():
             array = getattr(experience, name)[i]
@@ -128,7 +140,7 @@ def test_samples_of_a_prompt_and_iterations_differ(collector):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
 def test_kl_to_a_reference_of_the_same_weights_is_zero(collector, models, temperature):
-    twin = replace(collector, reference=load_policy(models[0].directory))
+    twin = replace(collector, reference=passes_of(load_policy(models[0].directory)))
     sampling = replace(SAMPLING, temperature=temperature)
     experience = twin.collect(make_prompts(), 3, 1, 0, sampling).experience
     np.testing.assert_allclose(experience.ref_log_probs, experience.log_probs, atol=2e-5)
@@ -162,8 +174,9 @@ class InexactEngine:
         return replace(rollout, log_probs=rollout.log_probs - np.float32(0.25) * rollout.response_mask)
 
 
-def test_log_probs_are_the_engines_or_the_actors(collector, whole):
-    exact, inexact = whole.experience, replace(collector, engine=InexactEngine(collector.engine))
+def test_log_probs_are_the_engines_or_the_actors(make_collector, whole):
+    exact, inexact = whole.experience, make_collector()
+    inexact.sampler.engine = InexactEngine(inexact.sampler.engine)
     trusted = inexact.collect(make_prompts(), 2, 1, 0, SAMPLING).experience
     assert_close(trusted, replace(exact, log_probs=exact.log_probs - np.float32(0.25) * exact.response_mask))
     assert_close(inexact.collect(make_prompts(), 2, 1, 0, SAMPLING, trust_engine=False).experience, exact)
@@ -177,31 +190,41 @@ def test_evaluation_is_the_first_sample_without_values(collector, whole):
     assert evaluated.answers == whole.answers[::2]
 
 
-def collect_on_ranks(collector, ranks, prompts, samples, monkeypatch):
-    """The ranks one after another in this process; the last one gathers what all of them brought."""
-    parts = []
-    monkeypatch.setattr(collect, "world_size", lambda: ranks)
-    monkeypatch.setattr(collect, "gather_objects", lambda part: parts.append(part) or [part, *parts[:-1]])
-    for rank in range(ranks - 1):  # these gather only parts so far, and may have nothing to merge
-        monkeypatch.setattr(collect, "rank", lambda rank=rank: rank)
-        collector.collect(prompts, samples, 1, 0, SAMPLING)
-    monkeypatch.setattr(collect, "rank", lambda: ranks - 1)
-    return collector.collect(prompts, samples, 1, 0, SAMPLING)
+@pytest.mark.parametrize(("count", "lengths", "samples"), [(2, LENGTHS, 2), (8, LENGTHS, 2), (2, LENGTHS[:1], 1)])
+def test_the_number_of_processes_changes_nothing(make_collector, count, lengths, samples):
+    """Even where one has nothing to do, or one answer, shorter than another's; padded ids are the same too."""
+
+    def collect():
+        return make_collector().collect(make_prompts(lengths), samples, 1, 0, SAMPLING)
+
+    whole, parts = collect(), play(count, collect)
+    assert len(parts) == count
+    for collected in parts:  # everybody has everything
+        assert_close(collected.experience, whole.experience)
+        assert collected.answers == whole.answers and collected.components.keys() == whole.components.keys()
+        for name, values in whole.components.items():
+            np.testing.assert_array_equal(collected.components[name], values)
 
 
-@pytest.mark.parametrize(("ranks", "lengths", "samples"), [(2, LENGTHS, 2), (8, LENGTHS, 2), (2, LENGTHS[:1], 1)])
-def test_the_number_of_ranks_changes_nothing(collector, ranks, lengths, samples, monkeypatch):
-    """Even where a rank has nothing to do, or one answer, shorter than another's; padded ids are the same too."""
-    prompts = make_prompts(lengths)
-    whole = collector.collect(prompts, samples, 1, 0, SAMPLING)
-    collected = collect_on_ranks(collector, ranks, prompts, samples, monkeypatch)
-    assert_close(collected.experience, whole.experience)
-    assert collected.answers == whole.answers and collected.components.keys() == whole.components.keys()
-    for name, values in whole.components.items():
-        np.testing.assert_array_equal(collected.components[name], values)
+def test_processes_share_the_work(make_collector):
+    """Each answers and judges its part, and all parts together are the whole."""
+    recorded = []
+
+    def collect():
+        recorder = Recorder()
+        collector = replace(make_collector(), rewards=WeightedRewards([recorder]))
+        recorded.append((recorder, collector.sampler.part))
+        return collector.collect(make_prompts(), 2, 1, 0, SAMPLING).experience
+
+    experience = play(3, collect)[0]
+    assert sorted(part for _, part in recorded) == [(0, 3), (1, 3), (2, 3)]
+    judged = [list(map(tuple, recorder.batch.response_ids)) for recorder, _ in recorded]
+    assert sorted(map(len, judged)) == [2, 3, 3]
+    answers = [tuple(ids[mask]) for ids, mask in zip(experience.response_ids, experience.response_mask, strict=True)]
+    assert sorted(answer for part in judged for answer in part) == sorted(answers)
 
 
-class Recorder:
+class Recorder(RewardSource):
     name = "recorder"
 
     def __call__(self, batch):
@@ -229,7 +252,37 @@ def test_reward_sources_see_unpadded_tokens(collector):
         assert seen[item["prompt"]] == expected
 
 
+def test_every_process_asks_a_divided_source(make_collector):
+    """Even one without answers to judge: it may hold a part of the model. Other sources are not asked about nothing."""
+    asked = {"divided": [], "other": []}
+
+    class Source(RewardSource):
+        def __init__(self, name):
+            self.name, self.is_divided = name, name == "divided"
+
+        def __call__(self, batch):
+            asked[self.name].append(len(batch))
+            return np.zeros(len(batch), np.float32)
+
+    rewards = WeightedRewards([Source(name) for name in asked])
+    play(3, lambda: replace(make_collector(), rewards=rewards).collect(make_prompts(LENGTHS[:2]), 1, 1, 0, SAMPLING))
+    assert {name: sorted(counts) for name, counts in asked.items()} == {"divided": [0, 1, 1], "other": [1, 1]}
+
+
+def test_dropout_is_off_in_every_pass(collector, models, critic):
+    """Whatever state learning left the models in."""
+    layers = [layer for model in (models[0].model, models[1].model, critic) for layer in trunk(model).layers]
+    modes = []
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: modes.append(layer.training)) for layer in layers]
+    for model in (models[0].model, models[1].model, critic):
+        model.train()
+    collector.collect(make_prompts(), 1, 1, 0, SAMPLING, trust_engine=False)
+    for hook in hooks:
+        hook.remove()
+    assert len(modes) > 3 * len(layers) and not any(modes)
+
+
 def test_no_gradient_is_kept_and_phases_are_timed(collector, critic):
     collector.collect(make_prompts(), 1, 1, 0, SAMPLING)
     assert all(parameter.grad is None for parameter in critic.parameters())
-    assert collector.timer.pop().keys() == {"timing_s/rollout", "timing_s/score"}
+    assert collector.timer.pop().keys() == {"timing_s/reshard", "timing_s/rollout", "timing_s/score"}

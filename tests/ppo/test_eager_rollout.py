@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.ppo.models.policy import response_log_probs
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
 from tests.models.reference import logits
-from tests.models.tiny import TinyPolicy, log_softmax, tiny_policy
+from tests.models.tiny import TinyPolicy, answer_log_probs, log_softmax, tiny_policy
 
 PAD = 3
 LENGTHS = (1, 4, 9, 2, 4, 6)
@@ -190,11 +189,11 @@ def test_log_probs_and_entropy_are_those_of_a_full_forward_pass(policy, case):
     ids = np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = np.arange(width) >= width - np.array(LENGTHS)[:, None]
     with paddle.no_grad():
-        log_probs, entropy = response_log_probs(
+        log_probs, entropy = answer_log_probs(
             policy.model,
-            paddle.to_tensor(np.concatenate([ids, rollout.response_ids], 1)),
-            paddle.to_tensor(np.concatenate([mask, rollout.response_mask], 1)),
-            paddle.to_tensor(rollout.response_mask),
+            np.concatenate([ids, rollout.response_ids], 1),
+            np.concatenate([mask, rollout.response_mask], 1),
+            rollout.response_mask,
             sampling.temperature or 1.0,
         )
     np.testing.assert_allclose(rollout.log_probs, log_probs.numpy(), atol=2e-5)

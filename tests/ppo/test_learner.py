@@ -10,19 +10,18 @@ import paddle
 import pytest
 
 from alignment.ppo import losses
-from alignment.ppo.collect import as_tensors, response_values
+from alignment.ppo.collect import pack_experience, response_values
 from alignment.ppo.experience import Targets
 from alignment.ppo.learner import Learner, policy_loss
 from alignment.ppo.models.loading import load_policy
-from alignment.ppo.models.policy import response_log_probs
+from alignment.ppo.models.policy import hidden_states, response_log_probs
 from alignment.ppo.models.value import load_value
 from alignment.ppo.trainer import check_reference
 from alignment.runtime.faults import RunError
-from alignment.sft.loss import supervised_loss
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from tests.models.reference import make_config, random_weights, write_checkpoint
 from tests.ppo.experiences import make_experience
-from tests.sft.test_loss import ITEMS, collate
+from tests.sft.test_loss import ITEMS, collate, supervised_loss
 
 SETTINGS = {
     "policy_loss": "ppo",
@@ -60,10 +59,11 @@ def setting(tmp_path):
     directory = write_checkpoint(tmp_path / "model", config, random_weights(config))
     actor, critic = load_policy(directory), load_value(directory, "critic", seed=1)
     experience = make_experience(0, [3, 5, 4, 2, 6, 3], [4, 2, 5, 1, 3, 4])
-    ids, attention_mask, mask = as_tensors(experience.input_ids, experience.attention_mask, experience.response_mask)
+    packed, mask = pack_experience(experience)
     with paddle.no_grad():
-        log_probs, entropy = response_log_probs(actor, ids, attention_mask, mask)
-        values = response_values(critic, ids, attention_mask, mask)
+        hidden, states = (hidden_states(model, packed.input_ids, packed.attention_mask) for model in (actor, critic))
+        log_probs, entropy = response_log_probs(actor, hidden, packed, mask)
+        values = response_values(critic, states, packed, mask)
     experience = replace(experience, log_probs=log_probs.numpy(), entropy=entropy.numpy(), values=values.numpy())
     random = np.random.default_rng(3)
     advantages, returns = (random.normal(0, 1, mask.shape).astype(np.float32) for _ in range(2))
@@ -140,10 +140,10 @@ def test_texts_join_the_same_optimizer_step(setting):
     texts = Texts(ITEMS)
     learner = build(texts, ptx_coeff=2.0, update_iters=1, per_device_train_batch_size=6)
     model = learner.actor.model
-    expected = float(supervised_loss(model, collate(ITEMS), 4))
+    loss, (expected, _) = supervised_loss(model, collate(ITEMS), 4)
     zero = Targets(np.zeros_like(targets.advantages), targets.returns)
     # without advantages the policy's gradient is zero, so the step's gradient is that of the texts alone
-    (2.0 * supervised_loss(model, collate(ITEMS), 4)).backward()
+    (2.0 * loss).backward()
     norm = float(sum((p.grad**2).sum() for p in model.parameters() if p.grad is not None)) ** 0.5
     model.clear_gradients()
     metrics = learner.update(experience, zero, 1)

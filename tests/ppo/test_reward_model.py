@@ -80,7 +80,7 @@ FINISHED = [True, False, True, False]
 def score_alone(model, ids):
     """The score of one unpadded sequence at its last token."""
     with paddle.no_grad():
-        return float(model(paddle.to_tensor([list(ids)], dtype="int64"))[0, -1])
+        return float(model(paddle.to_tensor([list(ids)], dtype="int64"), paddle.ones([1, len(ids)], "bool"))[0, -1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
@@ -122,10 +122,15 @@ def test_other_vocabulary_is_tokenised_again(score_model, actor, tmp_path, add_s
     np.testing.assert_allclose(source(batch), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_is_off(score_model, actor):
-    score_model.train()
-    ModelReward(score_model, actor, actor)
-    assert not score_model.training
+def test_dropout_is_off_whenever_it_scores(score_model, actor):
+    source, batch, modes = ModelReward(score_model, actor, actor, 16), make_batch(actor, TEXTS, FINISHED), []
+    layers = score_model.trunk.layers
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
+    for _ in range(2):
+        score_model.train()  # as a critic that shares it might leave it
+        source(batch)
+    assert modes == [False] * 2 * len(layers)
 
 
 def test_too_long_empty_and_not_finite_are_named(score_model, actor):

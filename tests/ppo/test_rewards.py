@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from alignment.ppo.rewards import FunctionReward, WeightedRewards, check_rewards
+from alignment.parallel.layout import Layout
+from alignment.parallel.topology import Topology
+from alignment.ppo.rewards import FunctionReward, RewardSource, WeightedRewards, base, check_rewards
 from alignment.runtime.faults import RunError, UsageError
 from tests.ppo.reward_examples import FUNCTIONS, make_batch
 
@@ -116,3 +118,43 @@ def test_weights_must_match_the_sources(functions, weights):
 def test_no_source_is_refused():
     with pytest.raises(UsageError, match="no reward source"):
         WeightedRewards([])
+
+
+class Counting(RewardSource):
+    """Answers 5, and counts how often it was asked."""
+
+    def __init__(self, name, is_divided):
+        self.name, self.is_divided, self.asked = name, is_divided, 0
+
+    def __call__(self, batch):
+        self.asked += 1
+        return np.full(len(batch), 5.0, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "stage", "tensor_rank", "is_head"),
+    [
+        (Layout(), 0, 0, True),
+        (Layout(pipeline=2, tensor=2), 1, 0, True),
+        (Layout(pipeline=2, tensor=2), 1, 1, False),
+        (Layout(pipeline=2, tensor=2), 0, 0, False),
+        (Layout(data=2, sharding=2), 0, 0, True),
+    ],
+)
+def test_a_source_is_asked_once_for_the_processes_of_a_model_but_a_model_on_all(
+    monkeypatch, layout, stage, tensor_rank, is_head
+):
+    """The others take the head's word, so that a server is not asked twice and a random function agrees."""
+    given = []
+
+    def from_head(item):
+        given.append(item)
+        return np.full(4, 7.0, np.float32)
+
+    monkeypatch.setattr(base, "topology", lambda: Topology(layout, stage=stage, tensor_rank=tensor_rank))
+    monkeypatch.setattr(base, "from_head", from_head)
+    judge, model = Counting("judge", False), Counting("model", True)
+    total, components = WeightedRewards([judge, model], [1.0, 10.0]).score(make_batch())
+    assert total.tolist() == [57.0] * 4 and components["rewards/judge"].tolist() == [7.0] * 4
+    assert (judge.asked, model.asked) == (int(is_head), 1)
+    assert len(given) == 1 and (given[0] is not None) == is_head

@@ -66,7 +66,7 @@ def setting(tmp_path):
     weights = random_weights(config)
     model = load_value(write_checkpoint(tmp_path / "model", config, weights), "reward", seed=3)
 
-    def build(normalizer=None, **changes):
+    def build(normalizer=None, model=model, **changes):
         args = SimpleNamespace(**SETTINGS | changes, output_dir=str(tmp_path / "out"))
         return RewardTrainer(args, model, None, ITEMS, ITEMS, normalizer=normalizer)
 
@@ -126,8 +126,7 @@ def test_the_saved_model_normalises_as_training_did(setting, tmp_path):
     assert saved["do_normalize"] is True
     assert saved["score_mean"] == trainer.normalizer.mean
     assert trainer.model.do_normalize is False
-    again = setting[0]()
-    again.model = load_value(path, "reward", require_head=True)
+    again = setting[0](model=load_value(path, "reward", require_head=True))
     assert again.evaluate()["mean_reward"] == pytest.approx(expected, rel=1e-4)
     fresh = ExponentialMovingAverage(0.5)
     fresh.load_state_dict(trainer.state_dict()["normalizer"])

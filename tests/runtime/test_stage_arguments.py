@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from paddlenlp.trainer import TrainingArguments
 
+from alignment.parallel.layout import Layout, resolve_layout
 from alignment.runtime.argument_fields import UNUSED_GROUP, arguments_of
 from alignment.runtime.arguments import build_parser, parse, resolve
 from alignment.runtime.document_arguments import SCRIPTS, render_page
@@ -97,10 +98,10 @@ def test_no_name_is_declared_twice(stage):
     assert len(names) == len(set(names))
 
 
-def test_paddlenlps_ppo_file(tmp_path, capsys):
+def test_paddlenlps_ppo_file(tmp_path, capsys, monkeypatch):
     file = tmp_path / "ppo_argument.json"
     file.write_text(json.dumps(PADDLENLP_PPO | COMMON | {"reward_model_name_or_path": "r"}))
-    with pytest.raises(UsageError, match='^"tensor_parallel_degree": 2 is not available yet; what works today'):
+    with pytest.raises(UsageError, match='^"tensor_parallel_degree" 2 .* must divide .* processes, .* 1; start'):
         resolve([str(file)], GROUPS["ppo"])
     single = ["--tensor_parallel_degree=1", "--sharding_parallel_degree=1", "--sharding=", "--offload_level="]
     values = resolve([str(file), *single], GROUPS["ppo"])
@@ -108,6 +109,11 @@ def test_paddlenlps_ppo_file(tmp_path, capsys):
     assert capsys.readouterr().err == notice
     assert (values["max_new_tokens"], values["max_prompt_len"], values["eval_mode"]) == (512, 512, None)
     assert values["reward_critic_model_name_or_path"] == "r"
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "8")
+    with pytest.raises(UsageError, match='^"offload_level": .* is not available yet; what works today'):
+        resolve([str(file)], GROUPS["ppo"])
+    values = resolve([str(file), "--offload_level="], GROUPS["ppo"])
+    assert resolve_layout(values, 8) == Layout(sharding=4, tensor=2, sharding_stage=1)
 
 
 def test_paddlenlps_reward_file(tmp_path, capsys):
@@ -134,9 +140,8 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
         (["--eval_datasets=y", "--eval_split_ratio=0.1"], '"eval_split_ratio": give it or "eval_datasets"'),
         (["--fp16"], '"fp16": True is not available yet; what works today is false'),
         (["--use_fusemt=true"], '"use_fusemt": True is not available yet; what works today is false'),
-        (["--eval_mode=single"], "\"eval_mode\": 'single' is not available yet"),
         (["--offload_level=freeze_model"], "\"offload_level\": 'freeze_model' is not available yet"),
-        (["--pipeline_parallel_degree=2"], '"pipeline_parallel_degree": 2 is not available yet'),
+        (["--context_parallel_degree=2"], '"context_parallel_degree": 2 is not available yet'),
         (["--do_train=false"], '"do_train": False is not available yet'),
         (["--train_datasets="], '"train_datasets": required'),
         (["--top_p=0"], 'command line: --top_p: "0" is not allowed; it must be a number > 0 and <= 1'),
@@ -147,6 +152,54 @@ def test_refused_in_one_line(options, start):
     message = refused(*options)
     assert message.startswith(start)
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "start"),
+    [
+        (1, "pipeline_parallel_degree=2", '"tensor_parallel_degree" 1 * "pipeline_parallel_degree" 2 = 2 must divide'),
+        (6, "tensor_parallel_degree=4", '"tensor_parallel_degree" 4 * "pipeline_parallel_degree" 1 = 4 must divide'),
+        (4, "sharding_parallel_degree=2", '"sharding_parallel_degree": 2 needs "sharding": "stage1"'),
+        (4, "sharding_degree=2", '"sharding_parallel_degree": 2 needs "sharding": "stage1"'),
+        (4, "sharding=stage4", "\"sharding\": \"stage4\" must be one of '', 'stage1', 'stage2', 'stage3'"),
+        (4, "sharding=stage1 sharding_parallel_degree=3", '"sharding_parallel_degree": 3 must divide the 4 processes'),
+        (4, "sharding=stage2 pipeline_parallel_degree=2", '"sharding": "stage2" does not go with'),
+        (4, "sharding=stage3 pipeline_parallel_degree=2", '"sharding": "stage3" does not go with'),
+        (4, "sequence_parallel=true", '"sequence_parallel": true needs "tensor_parallel_degree" of at least 2'),
+    ],
+)
+def test_layouts_refused_in_one_line(monkeypatch, processes, options, start):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(processes))
+    message = refused(*(f"--{option}" for option in options.split()))
+    assert message.startswith(start)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "expected"),
+    [
+        (1, "", Layout()),
+        (1, "sharding=stage2", Layout()),  # nobody to share with
+        (4, "", Layout(data=4)),
+        (8, "tensor_parallel_degree=2 pipeline_parallel_degree=2", Layout(data=2, pipeline=2, tensor=2)),
+        (8, "sharding=stage3 tensor_parallel_degree=2", Layout(sharding=4, tensor=2, sharding_stage=3)),
+        (8, "sharding=stage1 sharding_degree=2", Layout(data=4, sharding=2, sharding_stage=1)),
+        (4, "tensor_parallel_degree=4 sequence_parallel=true", Layout(tensor=4, sequence_parallel=True)),
+    ],
+)
+def test_layouts_by_the_arguments(monkeypatch, processes, options, expected):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(processes))
+    values = resolve([*PPO, *(f"--{option}" for option in options.split())], GROUPS["ppo"])
+    assert resolve_layout(values, processes) == expected
+    assert expected.processes == processes
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("single", "single"), ("tensor_parallel", "tensor_parallel"), ("", None)]
+)
+def test_eval_modes(given, taken):
+    assert resolve([*PPO, f"--eval_mode={given}"], GROUPS["ppo"])["eval_mode"] == taken
+    assert refused("--eval_mode=other").startswith('command line: --eval_mode: "other" is not allowed')
 
 
 def test_a_missing_output_directory_is_named():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from alignment.ppo.models.loading import load_policy
-from alignment.sft.loss import count_labels, supervised_loss
+from alignment.ppo.models.policy import hidden_states
+from alignment.sft.loss import count_labels, supervised_micro_batch
 from tests.models.reference import logits, make_config, random_weights, write_checkpoint
 
 ITEMS = [
@@ -32,6 +33,12 @@ def collate(items, padding=0):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def supervised_loss(model, batch, denominator, coefficient=1.0):
+    """(what is learnt, the report) of a micro-batch, by the whole model."""
+    micro = supervised_micro_batch(model, batch, denominator, coefficient)
+    return micro.finish(hidden_states(model, micro.input_ids, micro.attention_mask))
+
+
 def reference_sum(config, weights):
     """-log p of 11, 3, 2 in the first item and of 4 in the second."""
     total = 0.0
@@ -50,8 +57,14 @@ def test_count_labels():
 @pytest.mark.parametrize("padding", [0, 40])
 def test_next_token_of_every_label_and_of_nothing_else(setting, padding):
     model, config, weights = setting
-    loss = supervised_loss(model, collate(ITEMS, padding), 4)
-    assert loss.item() == pytest.approx(reference_sum(config, weights) / 4, rel=1e-5)
+    loss, (reported, rows) = supervised_loss(model, collate(ITEMS, padding), 4)
+    assert loss.item() == reported == pytest.approx(reference_sum(config, weights) / 4, rel=1e-5)
+    assert rows == {}
+
+
+def test_a_coefficient_scales_what_is_learnt_and_not_what_is_reported(setting):
+    (one, report), (other, same) = (supervised_loss(setting[0], collate(ITEMS), 4, scale) for scale in (1.0, 2.5))
+    assert other.item() == pytest.approx(2.5 * one.item(), rel=1e-6) and report == same
 
 
 def test_micro_batches_add_up(setting):
@@ -59,7 +72,7 @@ def test_micro_batches_add_up(setting):
 
     def run(parts):
         model.clear_gradients()
-        losses = [supervised_loss(model, collate(part), 4) for part in parts]
+        losses = [supervised_loss(model, collate(part), 4)[0] for part in parts]
         for loss in losses:
             loss.backward()
         gradients = [parameter.grad.numpy().copy() for parameter in model.parameters()]

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from safetensors.numpy import save_file
 
-from alignment.ppo.models.policy import target_log_probs
+from alignment.parallel.pipeline import MicroBatch
+from alignment.ppo.models.policy import Packed, target_log_probs
+from alignment.training.checkpoint import OptimizerFiles
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from tests.models.tiny import tiny_policy
 
@@ -31,26 +34,48 @@ def make_settings(**changes) -> OptimizerSettings:
 
 def make_model(directory: Path, **changes) -> paddle.nn.Layer:
     """Qwen2: its attention has biases."""
-    return tiny_policy(directory, "qwen2", tied=True, num_hidden_layers=2, **changes).model
+    return tiny_policy(directory, "qwen2", tied=True, **{"num_hidden_layers": 2, **changes}).model
 
 
 def make_engine(model: paddle.nn.Layer, total_steps: int = 10, **changes) -> TrainingEngine:
     return TrainingEngine(model, make_settings(**changes), total_steps, "actor")
 
 
-def loss_of(model: paddle.nn.Layer, step: int, rows=slice(None)) -> paddle.Tensor:
-    """Cross-entropy of some rows of the batch of ``step``, divided by the tokens of the whole batch."""
+def micro_batch(model: paddle.nn.Layer, step: int, rows=slice(None), scale: float = 1.0) -> MicroBatch:
+    """Some rows of the batch of ``step``: their cross-entropy, divided by the tokens of the whole batch.
+
+    Its report is that number; what is learnt is ``scale`` times it.
+    """
     ids = paddle.to_tensor(np.random.default_rng(step).integers(4, 48, [ROWS, WIDTH])[rows])
     everything = paddle.ones(ids.shape, dtype="bool")
-    return -target_log_probs(model, ids, everything, everything)[0].sum() / (ROWS * (WIDTH - 1))
+
+    def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, float]:
+        log_probs = target_log_probs(model, hidden, Packed(ids, everything, everything))
+        loss = -log_probs.sum() / (ROWS * (WIDTH - 1))
+        return scale * loss, float(loss)
+
+    return MicroBatch(ids, everything, finish)
+
+
+def accumulate(engine: TrainingEngine, step: int, parts: int = 1, scale: float = 1.0) -> list[float]:
+    """Add the gradients of the batch of ``step`` in so many micro-batches; returns their losses."""
+    rows = [slice(i * ROWS // parts, (i + 1) * ROWS // parts) for i in range(parts)]
+    return engine.accumulate([micro_batch(engine.model, step, part, scale) for part in rows])
 
 
 def train(engine: TrainingEngine, steps) -> list[dict[str, float]]:
     metrics = []
     for step in steps:
-        engine.backward(loss_of(engine.model, step))
+        accumulate(engine, step)
         metrics.append(engine.step())
     return metrics
+
+
+def optimizer_files(directory: Path, tensors: dict[str, np.ndarray]) -> OptimizerFiles:
+    """A checkpoint's optimizer file with these tensors."""
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / OptimizerFiles.single)
+    return OptimizerFiles(directory)
 
 
 def weights_of(model: paddle.nn.Layer) -> dict[str, np.ndarray]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.saving import save_model
+from alignment.ppo.models.weights import part_name, write_index
 from alignment.runtime.faults import UsageError
 from alignment.training.checkpoint import (
+    OptimizerFiles,
     drop_old_checkpoints,
     find_checkpoint,
     list_checkpoints,
@@ -57,6 +61,39 @@ def test_resumption_from_a_checkpoint_is_bit_for_bit_the_same(tmp_path):
     assert train(resumed, range(2, 4)) == metrics
     assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
     assert_same_bits(resumed.state_dict()[0], whole.state_dict()[0])
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_optimizer_states_change_between_a_whole_model_and_its_stages(tmp_path, stages):
+    """Every stage takes its part of a whole model's; and a whole model takes what stages wrote in parts."""
+    whole = make_engine(make_model(tmp_path / "model", num_hidden_layers=3), 4, **CHANGES)
+    train(whole, range(2))
+    path = save(whole, tmp_path / "out", 2)
+    tensors, schedule = whole.state_dict()
+    found = []
+    for stage in range(stages):
+        model = load_policy(path, placement=Placement(stages=stages, stage=stage))
+        engine = make_engine(model, 4, **CHANGES)
+        assert load_training_state(path, engine)["step"] == 2
+        found.append(engine.state_dict()[0])
+        assert found[-1] and engine.state_dict()[1] == schedule
+        state = engine.optimizer.state_dict()
+        for name, parameter in model.named_parameters():  # the copy of the tied embedding too
+            for kind in ("moment1_0", "moment2_0"):
+                np.testing.assert_array_equal(state[f"{parameter.name}_{kind}"].numpy(), tensors[f"{name}/{kind}"])
+    assert sorted(key for part in found for key in part) == sorted(tensors)
+    assert_same_bits({key: value for part in found for key, value in part.items()}, tensors)
+
+    (path / OptimizerFiles.single).unlink()
+    for stage, part in enumerate(found):
+        save_file(part, path / part_name(OptimizerFiles.single, stage, stages))
+    write_index(path / OptimizerFiles.index, OptimizerFiles.single, [list(part) for part in found])
+    other = make_engine(load_policy(path), 4, **CHANGES)
+    load_training_state(path, other)
+    assert_same_bits(other.state_dict()[0], tensors)
+    (path / part_name(OptimizerFiles.single, 0, stages)).unlink()
+    with pytest.raises(UsageError, match="cannot resume from it: .*no optimizer-00001-of-"):
+        load_training_state(path, make_engine(load_policy(path), 4, **CHANGES))
 
 
 def test_files(trained):

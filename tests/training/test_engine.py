@@ -11,15 +11,19 @@ import paddle
 import pytest
 
 from alignment.ppo.models.freezing import set_trainable_layers
+from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.placement import WHOLE, Placement
 from alignment.runtime.faults import RunError
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from tests.training.language_model import (
     ROWS,
+    accumulate,
     assert_same_bits,
-    loss_of,
     make_engine,
     make_model,
     make_settings,
+    micro_batch,
+    optimizer_files,
     train,
     weights_of,
 )
@@ -61,7 +65,7 @@ def test_a_step_is_adamw(model, max_grad_norm):
     expected = NumpyAdamW(weights_of(model), settings)
     assert sum(name.endswith(".bias") for name in expected.weights) == 6
     for step in range(4):
-        engine.backward(loss_of(model, step))
+        accumulate(engine, step)
         gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
         metrics = engine.step()
         assert metrics["grad_norm"] == pytest.approx(expected.step(gradients, metrics["lr"]), rel=1e-5)
@@ -74,7 +78,7 @@ def test_a_step_is_adamw(model, max_grad_norm):
 def test_weight_decay_alone_shrinks_matrices_and_neither_norms_nor_biases(model):
     engine = make_engine(model, weight_decay=0.5, learning_rate=0.1)
     before = weights_of(model)
-    engine.backward(0.0 * loss_of(model, 0))
+    accumulate(engine, 0, scale=0.0)
     engine.step()
     for name, value in weights_of(model).items():
         kept = name.endswith(("norm.weight", ".bias"))
@@ -86,9 +90,8 @@ def test_accumulation_gives_the_same_step(tmp_path, parts):
     whole, split = make_model(tmp_path / "whole"), make_model(tmp_path / "split")
     engines = make_engine(whole), make_engine(split)
     for step in range(2):
-        engines[0].backward(loss_of(whole, step))
-        for i in range(parts):
-            engines[1].backward(loss_of(split, step, slice(i * ROWS // parts, (i + 1) * ROWS // parts)))
+        (loss,), losses = accumulate(engines[0], step), accumulate(engines[1], step, parts)
+        assert len(losses) == parts and sum(losses) == pytest.approx(loss, rel=1e-5)
         norms = [engine.step()["grad_norm"] for engine in engines]
         assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     # Compared are moments, not weights: Adam makes a full step of any gradient, of rounding noise too.
@@ -112,7 +115,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(mode
     engine = make_engine(model)
     train(engine, range(1))
     before, state = weights_of(model), engine.state_dict()[0]
-    engine.backward(loss_of(model, 1) * bad)
+    accumulate(engine, 1, scale=bad)
     with pytest.raises(RunError, match="the gradient of the actor is not finite"):
         engine.step()
     assert_same_bits(weights_of(model), before)
@@ -122,15 +125,31 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(mode
 def test_a_loss_without_gradient_adds_nothing(model):
     engine = make_engine(model, weight_decay=0.0)
     before = weights_of(model)
-    engine.backward(paddle.to_tensor(3.0))  # a rank whose share is empty
+    one = micro_batch(model, 0)
+    assert engine.accumulate([one._replace(finish=lambda _: (paddle.to_tensor(3.0), "report"))]) == ["report"]
+    assert engine.step()["grad_norm"] == 0.0
+    assert engine.accumulate([]) == []  # a process whose share is empty
     assert engine.step()["grad_norm"] == 0.0
     assert_same_bits(weights_of(model), before)
+
+
+def test_a_forward_pass_gives_the_reports_and_learns_nothing(model):
+    engine, before = make_engine(model, weight_decay=0.0), weights_of(model)
+    (loss,) = accumulate(engine, 0)
+    engine.discard()
+    reports = engine.pipeline.forward([micro_batch(model, 0, slice(3)), micro_batch(model, 0, slice(3, ROWS))])
+    assert len(reports) == 2 and sum(reports) == pytest.approx(loss, rel=1e-5)
+    assert not model.training
+    assert engine.step()["grad_norm"] == 0.0
+    assert_same_bits(weights_of(model), before)
+    accumulate(engine, 0)
+    assert model.training
 
 
 def test_discarded_gradients_do_not_count(tmp_path):
     clean, other = make_model(tmp_path / "clean"), make_model(tmp_path / "other")
     engines = make_engine(clean), make_engine(other)
-    engines[1].backward(loss_of(other, 5))
+    accumulate(engines[1], 5)
     engines[1].discard()
     for engine in engines:
         train(engine, range(2))
@@ -148,17 +167,16 @@ AFTER_WARMUP = {  # share of the peak, by the share of the steps after warm-up t
 
 @pytest.mark.parametrize("kind", AFTER_WARMUP)
 @pytest.mark.parametrize(("ratio", "steps", "warmup"), [(0.0, 0, 0), (0.3, 0, 3), (0.0, 2, 2), (0.9, 2, 2)])
-def test_schedule(kind, ratio, steps, warmup):
+def test_schedule(model, kind, ratio, steps, warmup):
     """The ratio is rounded up; a number of steps wins over it."""
-    layer = paddle.nn.Linear(2, 2)
-    engine = make_engine(layer, TOTAL, lr_scheduler_type=kind, warmup_ratio=ratio, warmup_steps=steps)
+    engine = make_engine(model, TOTAL, lr_scheduler_type=kind, warmup_ratio=ratio, warmup_steps=steps)
     rates = [engine.step()["lr"] for _ in range(TOTAL)]
     shares = [i / warmup if i < warmup else AFTER_WARMUP[kind]((i - warmup) / (TOTAL - warmup)) for i in range(TOTAL)]
     np.testing.assert_allclose(rates, np.array(shares) * PEAK, rtol=1e-9, atol=1e-15)
 
 
-def test_constant_schedule_has_no_warmup():
-    engine = make_engine(paddle.nn.Linear(2, 2), TOTAL, warmup_steps=3)
+def test_constant_schedule_has_no_warmup(model):
+    engine = make_engine(model, TOTAL, warmup_steps=3)
     assert [engine.step()["lr"] for _ in range(TOTAL)] == [PEAK] * TOTAL
 
 
@@ -179,7 +197,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path):
     engine = make_engine(model, 4, **changes)
     train(engine, range(2))
     tensors, schedule = engine.state_dict()
-    tensors, schedule = {key: value.copy() for key, value in tensors.items()}, json.dumps(schedule)
+    files, schedule = optimizer_files(tmp_path / "state", tensors), json.dumps(schedule)
     halfway = weights_of(model)
     metrics = train(engine, range(2, 4))
 
@@ -187,7 +205,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path):
     for name, parameter in fresh.named_parameters():
         parameter.set_value(halfway[name])
     resumed = make_engine(fresh, 4, **changes)
-    resumed.load_state_dict(tensors, json.loads(schedule))
+    resumed.load_state_dict(files, json.loads(schedule))
     assert train(resumed, range(2, 4)) == metrics
     assert_same_bits(weights_of(fresh), weights_of(model))
     assert_same_bits(resumed.state_dict()[0], engine.state_dict()[0])
@@ -207,7 +225,7 @@ def test_the_state_before_the_first_step_is_taken_back(tmp_path):
     states = [make_engine(make_model(tmp_path / name), warmup_steps=2, lr_scheduler_type="linear") for name in "ab"]
     tensors, schedule = states[0].state_dict()
     assert tensors == {}
-    states[1].load_state_dict(tensors, schedule)
+    states[1].load_state_dict(optimizer_files(tmp_path / "state", tensors), schedule)
     metrics = [train(engine, range(2)) for engine in states]
     assert metrics[0] == metrics[1]
 
@@ -236,12 +254,25 @@ def test_a_state_of_other_parameters_is_refused_and_nothing_changed(tmp_path, ca
     tensors, schedule = engine.state_dict()
     before = {key: value.copy() for key, value in other.state_dict()[0].items()}
     with pytest.raises(ValueError, match=message):
-        other.load_state_dict(change(tensors), schedule)
+        other.load_state_dict(optimizer_files(tmp_path / "state", change(tensors)), schedule)
     assert_same_bits(other.state_dict()[0], before)
     assert other.state_dict()[1]["last_epoch"] == 1
 
 
+@pytest.mark.parametrize(("stage", "unfrozen"), [(0, 1), (1, 0)])
+def test_a_stage_refuses_a_state_without_its_parameters(tmp_path, stage, unfrozen):
+    """As the whole model does: more layers are trained now than when the state was saved."""
+    saved = make_model(tmp_path / "model")
+    set_trainable_layers(saved, unfrozen)
+    engine = make_engine(saved)
+    train(engine, range(1))
+    files, schedule = optimizer_files(tmp_path / "state", engine.state_dict()[0]), engine.state_dict()[1]
+    for placement in (WHOLE, Placement(stages=2, stage=stage)):
+        with pytest.raises(ValueError, match="parameters trained then and now differ"):
+            make_engine(load_policy(tmp_path / "model", placement=placement)).load_state_dict(files, schedule)
+
+
 @pytest.mark.parametrize("schedule", [None, {}, {"last_epoch": 2}, [1, 2]])
-def test_a_state_without_schedule_is_refused(model, schedule):
+def test_a_state_without_schedule_is_refused(model, schedule, tmp_path):
     with pytest.raises(ValueError, match="no state of the learning-rate schedule"):
-        make_engine(model).load_state_dict({}, schedule)
+        make_engine(model).load_state_dict(optimizer_files(tmp_path, {}), schedule)

@@ -1,7 +1,7 @@
 """The eager engine: PaddleNLP's own forward with a KV cache. Slow, simple, the yardstick of faster engines."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
@@ -58,12 +58,11 @@ class EagerRolloutEngine:
         steps: list[tuple[paddle.Tensor, ...]] = []
         for position in range(sampling.max_new_tokens):
             logits, cache = self._next_logits(input_ids, attention_mask, position_ids, cache)
-            tokens = self._agree(
-                lambda logits=logits, position=position: choose_tokens(
-                    sampling_logits(logits, seen, position, sampling), uniform[:, position], sampling.temperature == 0
-                ),
-                len(prompts),
-            )
+            tokens = paddle.empty([len(prompts)], dtype="int64")
+            if logits is not None:
+                shaped = sampling_logits(logits, seen, position, sampling)
+                tokens = choose_tokens(shaped, uniform[:, position], sampling.temperature == 0)
+            self._agree(tokens)
             tokens = paddle.where(finished, paddle.full_like(tokens, sampling.pad_token_id), tokens)
             steps.append((tokens, ~finished, *_describe(logits, tokens, sampling.temperature or 1.0)))
             finished = finished | (tokens.unsqueeze(-1) == eos).any(-1)
@@ -85,7 +84,7 @@ class EagerRolloutEngine:
         return decoded if self.group is None else from_head(decoded, self.group)
 
     def _next_logits(self, input_ids, attention_mask, position_ids, cache):
-        """Logits float32 [B, V] after the last column of ``input_ids`` (None before the last stage); the grown cache."""
+        """Logits float32 [B, V] after the last column of ``input_ids``, None before the last stage; the new cache."""
         placement, config = self.model.placement, self.model.config
         received = None
         if not placement.is_first:
@@ -107,13 +106,11 @@ class EagerRolloutEngine:
             logits = concat_over_tensor_group(logits)
         return logits.astype("float32"), cache
 
-    def _agree(self, choose: Callable[[], paddle.Tensor], count: int) -> paddle.Tensor:
-        """int64 [count]: the tokens that the process with the logits chose, the same on all the model's processes."""
-        tokens = choose() if self.model.placement.is_last else paddle.empty([count], dtype="int64")
+    def _agree(self, tokens: paddle.Tensor) -> None:
+        """Have all of the model's processes take the tokens that its head chose, in place."""
         if self.group is not None:
             meet(self.group)
             dist.broadcast(tokens, src=head_of(self.group), group=self.group)
-        return tokens
 
     def _tokens_in(self, input_ids: paddle.Tensor, attention_mask: paddle.Tensor) -> paddle.Tensor:
         """bool [B, V]: which tokens stand in the real part of each row."""
