@@ -27,6 +27,11 @@ class Layout:
     sharding_stage: int = 0
     sequence_parallel: bool = False
 
+    def __str__(self) -> str:
+        degrees = f"data {self.data} x pipeline {self.pipeline} x sharding {self.sharding} x tensor {self.tensor}"
+        stage = f", sharding stage {self.sharding_stage}" if self.sharding_stage else ""
+        return degrees + stage + ", sequence parallel" * self.sequence_parallel
+
     @property
     def processes(self) -> int:
         """How many processes the layout takes."""

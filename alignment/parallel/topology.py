@@ -16,6 +16,7 @@ from paddle.distributed import fleet
 
 from alignment.parallel import gloo
 from alignment.parallel.layout import Layout
+from alignment.runtime.bootstrap import is_debug
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def join(layout: Layout, seed: int = 0) -> Topology:
         "order": ["dp", "pp", "sharding", "sep", "mp"],
     }
     strategy.tensor_parallel_configs = {"tensor_init_seed": seed}
-    fleet.init(is_collective=True, strategy=strategy)
+    fleet.init(is_collective=True, strategy=strategy, log_level="INFO" if is_debug() else "ERROR")
     _current = _locate(layout, dist.get_rank(), fleet.get_hybrid_communicate_group())
     return _current
 

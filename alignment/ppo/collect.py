@@ -129,6 +129,7 @@ class Collector:
         self, rows: list[int], items: list[dict], answers: list[str], experience: Experience
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         if not rows:  # fewer answers than processes
+            self.rewards.sit_out()
             return np.zeros([0], dtype=np.float32), {}
         batch = RewardBatch(
             prompts=[items[row]["prompt"] for row in rows],

@@ -198,7 +198,8 @@ class TrainingEngine:
         for parameter in self.shards.own if stored else ():
             for kind in stored[self.names[parameter.name]]:
                 whole = files.read(f"{self.names[parameter.name]}/{kind}")
-                tensor = whole if _axis(kind, parameter) is None else own_slice(whole, parameter, self.model.placement)
+                part = whole if _axis(kind, parameter) is None else own_slice(whole, parameter, self.model.placement)
+                tensor = paddle.to_tensor(part)  # files are read on the CPU
                 if kind == "master":
                     tensor.name = f"{parameter.name}_fp32_master_0"
                     state["master_weights"][parameter.name] = tensor

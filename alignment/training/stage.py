@@ -8,7 +8,7 @@ from typing import Any
 import paddle
 
 from alignment.parallel.collectives import barrier
-from alignment.runtime.console import show_summary
+from alignment.runtime.console import say, show_summary
 from alignment.runtime.run_record import write_run_record
 from alignment.training.setup import check_output, clear_output, mixed_precision
 
@@ -25,6 +25,8 @@ def run_stage(
         parts: see alignment.training.setup.check_output.
     """
     args = arguments[-1]
+    if args.layout.processes > 1:
+        say(f"layout: {args.layout}")
     check_output(args, parts)
     paddle.seed(args.seed)
     trainer = build(*arguments)

@@ -252,21 +252,26 @@ def test_reward_sources_see_unpadded_tokens(collector):
         assert seen[item["prompt"]] == expected
 
 
-def test_every_process_asks_a_divided_source(make_collector):
-    """Even one without answers to judge: it may hold a part of the model. Other sources are not asked about nothing."""
-    asked = {"divided": [], "other": []}
+def test_sources_are_told_where_a_process_has_no_answers(make_collector):
+    """Others are asked at that moment, and a model may need all its processes. Nobody is asked about nothing."""
+    told = []
 
     class Source(RewardSource):
-        def __init__(self, name):
-            self.name, self.is_divided = name, name == "divided"
+        name = "source"
 
         def __call__(self, batch):
-            asked[self.name].append(len(batch))
+            told.append(len(batch))
             return np.zeros(len(batch), np.float32)
 
-    rewards = WeightedRewards([Source(name) for name in asked])
-    play(3, lambda: replace(make_collector(), rewards=rewards).collect(make_prompts(LENGTHS[:2]), 1, 1, 0, SAMPLING))
-    assert {name: sorted(counts) for name, counts in asked.items()} == {"divided": [0, 1, 1], "other": [1, 1]}
+        def sit_out(self):
+            told.append("sit out")
+
+    def collect():
+        collector = replace(make_collector(), rewards=WeightedRewards([Source(), Source()]))
+        return collector.collect(make_prompts(LENGTHS[:2]), 1, 1, 0, SAMPLING)
+
+    play(3, collect)
+    assert sorted(told, key=str) == [1] * 4 + ["sit out"] * 2
 
 
 def test_dropout_is_off_in_every_pass(collector, models, critic):

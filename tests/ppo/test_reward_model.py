@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import paddle
@@ -131,6 +132,23 @@ def test_dropout_is_off_whenever_it_scores(score_model, actor):
         score_model.train()  # as a critic that shares it might leave it
         source(batch)
     assert modes == [False] * 2 * len(layers)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_sitting_out_meets_the_processes_that_score(score_model, actor, monkeypatch, batch_size):
+    """Where sharding divides the parameters, all have to be there when they are brought together."""
+    source, met = ModelReward(score_model, actor, actor, batch_size), []
+
+    @contextmanager
+    def whole_model():
+        met.append(True)
+        yield
+
+    monkeypatch.setattr(source.pipeline.shards, "whole_model", whole_model)
+    source(make_batch(actor, TEXTS, FINISHED))
+    scoring = len(met)
+    assert source.sit_out() is None
+    assert 0 < scoring == len(met) - scoring
 
 
 def test_too_long_empty_and_not_finite_are_named(score_model, actor):

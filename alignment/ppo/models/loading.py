@@ -45,7 +45,8 @@ def load_policy(
     config.architectures = [CAUSAL_ARCHITECTURE[config.model_type]]
     model = build_policy(config, dtype, recompute, placement)
     tied = {TIED_HEAD} if config.tie_word_embeddings else set()
-    load_weights(model, WeightFiles(directory), trunk=model.base_model_prefix, skip=tied, ignore=tied)
+    files = WeightFiles(directory)
+    load_weights(model, files, model.base_model_prefix, heads={TIED_HEAD} - tied, skip=tied, ignore=tied)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,11 @@ def is_tied(name: str, model: nn.Layer) -> bool:
 def is_copy(name: str, model: nn.Layer) -> bool:
     """Whether the parameter ``name`` here is the last stage's copy of one that the first stage holds."""
     return is_tied(name, model) and not model.placement.is_first
+
+
+def names_of_all_layers(names: Iterable[str], count: int) -> set[str]:
+    """What ``names``, those of some layers at least, are in a model of ``count`` layers."""
+    return {_LAYER.sub(f".layers.{layer}.", name) for name in names for layer in range(count)}
 
 
 def split_axis(parameter: paddle.Tensor) -> int | None:

@@ -101,7 +101,10 @@ def load_value(
         raise UsageError(f"{directory}: not a reward model (its weights have no {HEAD}); train one with run_reward.py")
     config.architectures = [SCORE_ARCHITECTURE[config.model_type]]
     model = build_score_model(config, score_type, dtype, recompute, placement)
-    load_weights(model, files, trunk="trunk", skip=() if has_head else {HEAD}, ignore={TIED_HEAD})
+    head = {HEAD}
+    load_weights(
+        model, files, "trunk", heads=head if has_head else (), skip=() if has_head else head, ignore={TIED_HEAD}
+    )
     model.head_is_new = not has_head
     if not has_head and placement.is_last:
         initialize_head(model, seed)

@@ -24,7 +24,7 @@ from safetensors.paddle import save_file
 
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.topology import topology
-from alignment.ppo.models.placement import is_copy, merged, own_slice, split_axis
+from alignment.ppo.models.placement import is_copy, merged, names_of_all_layers, own_slice, split_axis
 from alignment.runtime.bootstrap import tensor_views
 from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import is_main_process
@@ -112,13 +112,21 @@ def _open(path: Path):
 
 
 def load_weights(
-    layer: paddle.nn.Layer, files: WeightFiles, trunk: str, skip: Iterable[str] = (), ignore: Iterable[str] = ()
+    layer: paddle.nn.Layer,
+    files: WeightFiles,
+    trunk: str,
+    heads: Iterable[str] = (),
+    skip: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> None:
     """Fill every parameter of ``layer`` from ``files``; both namings are recognised.
+
+    ``layer`` may be a part of the model; the names of the whole are checked, so that every process sees a fault.
 
     Args:
         trunk: attribute of ``layer`` that holds the transformer; its parameters are stored as ``model.*``
             (Hugging Face) or ``<family>.*`` (PaddleNLP).
+        heads: stored names of the head, if it is to be read.
         skip: parameters of ``layer`` not to fill (a tied head, a new score head).
         ignore: stored names that may stay unused.
     Raises:
@@ -132,14 +140,15 @@ def load_weights(
         if name not in skip:
             other = huggingface_name(name, trunk)
             wanted[other if huggingface else other.replace("model.", f"{family}.", 1)] = (name, parameter)
-    config, placement = layer.config, layer.placement
-    here = {name for name in stored if placement.holds(name, config.num_hidden_layers, layer.ties_ends)}
-    _check_names(files.directory, set(wanted), here, set(ignore))
+    prefix = "model." if huggingface else f"{family}."
+    ends = {f"{prefix}embed_tokens.weight", f"{prefix}norm.weight", *heads}
+    whole = names_of_all_layers(wanted, layer.config.num_hidden_layers) | ends
+    _check_names(files.directory, whole, stored, set(ignore))
     for source, (name, parameter) in wanted.items():
         tensor = files.read(source)
         if huggingface and is_linear(name):
             tensor = tensor.transpose([1, 0])
-        tensor = own_slice(tensor, parameter, placement)
+        tensor = own_slice(tensor, parameter, layer.placement)
         if tensor.shape != parameter.shape:
             raise UsageError(
                 f"{files.directory}: {source} has shape {tensor.shape}, config.json asks for {parameter.shape} "

@@ -55,6 +55,9 @@ class RewardSource(Protocol):
     def check(self) -> None:
         """Raise RunError now if the source cannot work; called once, before training. Nothing to do by default."""
 
+    def sit_out(self) -> None:
+        """Called in place of scoring where this process has no response but others have. Nothing to do by default."""
+
     def __call__(self, batch: RewardBatch) -> np.ndarray:
         """Return float32 [N], all finite; raise RunError otherwise."""
         ...
@@ -119,6 +122,10 @@ class WeightedRewards(RewardSource):
     def check(self) -> None:
         for source in self.sources.values():
             source.check()
+
+    def sit_out(self) -> None:
+        for source in self.sources.values():
+            source.sit_out()
 
     def score(self, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the weighted sum, float32 [N], and {"rewards/<name>": float32 [N]} unweighted.

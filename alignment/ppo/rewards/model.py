@@ -65,6 +65,9 @@ class ModelReward(RewardSource):
             scores[chosen] = values
         return check_rewards(scores, len(batch), f"reward model {self.name!r}")
 
+    def sit_out(self) -> None:
+        self.pipeline.forward([])
+
     def _ids_as_sampled(self, batch: RewardBatch, index: int) -> list[int]:
         response = batch.response_ids[index].tolist()
         if batch.finished[index]:  # the actor may stop at another EOS id than the one the reward model was trained on
