@@ -11,8 +11,8 @@ from typing import Any
 
 import paddle
 import paddle.distributed as dist
-from paddle.autograd import PyLayer
 
+from alignment.parallel.autograd import Copy, Sum, concat
 from alignment.parallel.gloo import meet
 from alignment.parallel.topology import topology
 
@@ -92,36 +92,16 @@ def unflatten(flat: paddle.Tensor, tensors: list[paddle.Tensor]) -> None:
         paddle.assign(part.reshape(tensor.shape).astype(tensor.dtype), tensor)
 
 
-class SumOverTensorGroup(PyLayer):
-    """The sum over the tensor-parallel group; the gradient as it is, for every member computes the same loss."""
-
-    @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor) -> paddle.Tensor:
-        x = paddle.assign(x)
-        dist.all_reduce(x, group=topology().group("tensor"))
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        return paddle.assign(grad)
+def sum_over_tensor_group(x: paddle.Tensor) -> paddle.Tensor:
+    """The sum over the processes that share each matrix, with gradient (autograd.Sum)."""
+    return Sum.apply(x, topology().group("tensor"))
 
 
-class CopyToTensorGroup(PyLayer):
-    """x as it is; its gradient summed over the tensor-parallel group, whose members use x for different columns."""
-
-    @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor) -> paddle.Tensor:
-        return paddle.assign(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        grad = paddle.assign(grad)
-        dist.all_reduce(grad, group=topology().group("tensor"))
-        return grad
+def copy_to_tensor_group(x: paddle.Tensor) -> paddle.Tensor:
+    """x, about to meet different columns on the processes that share each matrix, with gradient (autograd.Copy)."""
+    return Copy.apply(x, topology().group("tensor"))
 
 
 def concat_over_tensor_group(x: paddle.Tensor, axis: int = -1) -> paddle.Tensor:
-    """The parts of all members side by side; carries no gradient."""
-    parts: list[paddle.Tensor] = []
-    dist.all_gather(parts, x.detach().contiguous(), group=topology().group("tensor"))
-    return paddle.concat(parts, axis=axis)
+    """The parts of the processes that share each matrix side by side, without a gradient."""
+    return concat(x, topology().group("tensor"), axis)

@@ -15,13 +15,13 @@ from typing import Any
 import paddle
 import paddle.distributed as dist
 import psutil
-from paddle.autograd import PyLayer
 from paddle.base import core
 from paddle.distributed import collective
 from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.utils import sequence_parallel_utils
 from paddle.distributed.parallel import ParallelEnv
 
+from alignment.parallel.autograd import Concat, Copy, Split, Sum
 from alignment.runtime.faults import LostPeer
 
 STORE_TIMEOUT_SECONDS = 300
@@ -41,10 +41,9 @@ def prepare() -> None:
     # Gloo groups find their members by the keys "0", "1", ... of one store: from four ranks on they mistake them.
     collective._new_process_group_impl = _new_process_group
     # c_identity, c_split, c_concat and the in-place all-reduce on the "calc stream" have no CPU kernel.
-    mp_ops.c_identity_eager = _Identity
-    mp_ops.mp_allreduce_eager = _AllReduce
-    mp_ops._c_concat = collective._c_concat = lambda tensor, group=None: _Concat.apply(tensor, group)
-    mp_ops._c_split = collective._c_split = lambda tensor, group=None: _Split.apply(tensor, group)
+    mp_ops.c_identity_eager, mp_ops.mp_allreduce_eager = Copy, Sum
+    mp_ops._c_concat = collective._c_concat = lambda tensor, group=None: Concat.apply(tensor, group)
+    mp_ops._c_split = collective._c_split = lambda tensor, group=None: Split.apply(tensor, group)
     # Gloo has no reduce-scatter; sequence parallelism asks for one.
     sequence_parallel_utils.reduce_scatter = _reduce_scatter
 
@@ -134,65 +133,6 @@ class _Meeting:
                     other.send_bytes(b"all")
         except (EOFError, OSError) as fault:
             raise LostPeer("another process of the job has ended") from fault
-
-
-class _Identity(PyLayer):
-    """x forward; the sum of the gradients over the group backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, group: Any, *_: Any) -> paddle.Tensor:
-        ctx.group = group
-        return paddle.assign(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        grad = paddle.assign(grad)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad
-
-
-class _AllReduce(PyLayer):
-    """The sum over the group forward; the gradient as it is backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, group: Any, *_: Any) -> paddle.Tensor:
-        x = paddle.assign(x)
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        return paddle.assign(grad)
-
-
-class _Concat(PyLayer):
-    """All parts along the last axis forward; the own part of the gradient backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, group: Any) -> paddle.Tensor:
-        ctx.group = group
-        parts: list[paddle.Tensor] = []
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return paddle.concat(parts, axis=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        return paddle.assign(paddle.split(grad, ctx.group.nranks, axis=-1)[ctx.group.rank])
-
-
-class _Split(PyLayer):
-    """The own part along the last axis forward; all parts of the gradient backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, group: Any) -> paddle.Tensor:
-        ctx.group = group
-        return paddle.assign(paddle.split(x, group.nranks, axis=-1)[group.rank])
-
-    @staticmethod
-    def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        parts: list[paddle.Tensor] = []
-        dist.all_gather(parts, grad.contiguous(), group=ctx.group)
-        return paddle.concat(parts, axis=-1)
 
 
 def _reduce_scatter(x: paddle.Tensor) -> paddle.Tensor:

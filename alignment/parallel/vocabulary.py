@@ -8,7 +8,7 @@ from __future__ import annotations
 import paddle
 import paddle.distributed as dist
 
-from alignment.parallel.collectives import CopyToTensorGroup, SumOverTensorGroup
+from alignment.parallel.collectives import copy_to_tensor_group, sum_over_tensor_group
 from alignment.parallel.topology import topology
 
 
@@ -24,7 +24,7 @@ def split_log_probs(logits: paddle.Tensor, ids: paddle.Tensor, temperature: floa
     mine = (local >= 0) & (local < width)
     chosen = paddle.take_along_axis(logits, local.clip(0, width - 1).unsqueeze(-1), axis=-1).squeeze(-1)
     chosen = paddle.where(mine, chosen, paddle.zeros_like(chosen))
-    return SumOverTensorGroup.apply(chosen) - _log_sum_exp(logits)
+    return sum_over_tensor_group(chosen) - _log_sum_exp(logits)
 
 
 def split_entropy(logits: paddle.Tensor, temperature: float = 1.0) -> paddle.Tensor:
@@ -34,11 +34,11 @@ def split_entropy(logits: paddle.Tensor, temperature: float = 1.0) -> paddle.Ten
     must be finite.
     """
     logits = logits.astype("float32") / temperature
-    log_probs = logits - CopyToTensorGroup.apply(_log_sum_exp(logits)).unsqueeze(-1)
-    return -SumOverTensorGroup.apply((log_probs.exp() * log_probs).sum(-1))
+    log_probs = logits - copy_to_tensor_group(_log_sum_exp(logits)).unsqueeze(-1)
+    return -sum_over_tensor_group((log_probs.exp() * log_probs).sum(-1))
 
 
 def _log_sum_exp(logits: paddle.Tensor) -> paddle.Tensor:
     largest = logits.detach().max(-1)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=topology().group("tensor"))
-    return largest + SumOverTensorGroup.apply((logits - largest.unsqueeze(-1)).exp().sum(-1)).log()
+    return largest + sum_over_tensor_group((logits - largest.unsqueeze(-1)).exp().sum(-1)).log()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import paddle
 
-from alignment.parallel import collectives, topology
+from alignment.parallel import autograd, collectives, topology
 from alignment.training import engine
 
 
@@ -39,8 +39,8 @@ def _forget_tied_sum() -> None:
 
 
 def _forget_copy_gradient() -> None:
-    """The head's gradient reaches the layers from this process's part of the vocabulary alone."""
-    collectives.CopyToTensorGroup.backward = staticmethod(lambda ctx, gradient: paddle.assign(gradient))
+    """Gradients of what meets different columns on every process are not summed."""
+    autograd.Copy.backward = staticmethod(lambda ctx, gradient: paddle.assign(gradient))
 
 
 def _forget_norm_sum() -> None:

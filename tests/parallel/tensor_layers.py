@@ -19,7 +19,7 @@ from paddle.distributed.fleet.meta_parallel import (  # noqa: E402
     VocabParallelEmbedding,
 )
 
-from alignment.parallel.collectives import CopyToTensorGroup, barrier, from_head, gather_objects  # noqa: E402
+from alignment.parallel.collectives import barrier, copy_to_tensor_group, from_head, gather_objects  # noqa: E402
 from alignment.parallel.layout import Layout  # noqa: E402
 from alignment.parallel.topology import join, topology  # noqa: E402
 from alignment.parallel.vocabulary import split_entropy, split_log_probs  # noqa: E402
@@ -85,7 +85,7 @@ def check_vocabulary(temperature: float, size: float) -> None:
     ids, weights = paddle.to_tensor([0, 11, 5, 6, 3]), random(ROWS, seed=4).detach()
     given, part = hidden.detach(), own_columns(head.detach(), 1)
     given.stop_gradient = part.stop_gradient = False
-    logits = paddle.matmul(CopyToTensorGroup.apply(given), part) * size
+    logits = paddle.matmul(copy_to_tensor_group(given), part) * size
     whole = paddle.matmul(hidden, head) * size
     found = split_log_probs(logits, ids, temperature), split_entropy(logits, temperature)
     expected = log_probs_from_logits(whole, ids, temperature), entropy_from_logits(whole, temperature)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import paddle
 from paddle.distributed.fleet.utils.sequence_parallel_utils import GatherOp
 
-from alignment.parallel.collectives import CopyToTensorGroup
+from alignment.parallel.collectives import copy_to_tensor_group
 from alignment.parallel.pipeline import Pipeline
 from alignment.parallel.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
@@ -87,7 +87,7 @@ def language_model_head(model: paddle.nn.Layer, hidden: paddle.Tensor) -> paddle
     """Logits [..., V] from final hidden states [..., H]; of this process's part of a divided vocabulary."""
     head = model.lm_head
     if head.weight.is_distributed:
-        hidden = CopyToTensorGroup.apply(hidden)
+        hidden = copy_to_tensor_group(hidden)
     return paddle.matmul(hidden, head.weight, transpose_y=head.transpose_y)
 
 
