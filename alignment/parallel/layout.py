@@ -7,6 +7,7 @@ otherwise hold the same weights; data and sharding processes work on different s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ def resolve_layout(values: Mapping[str, Any], processes: int) -> Layout:
         sharding and sequence_parallel, as in PaddleNLP; -1 means 1, or all that is left if ``sharding`` is set.
     Raises: UsageError that says what would work.
     """
-    tensor, pipeline = (max(1, values[f"{kind}_parallel_degree"]) for kind in ("tensor", "pipeline"))
+    tensor, pipeline = (_degree(values, f"{kind}_parallel_degree") for kind in ("tensor", "pipeline"))
     model = tensor * pipeline
     if processes % model:
         raise UsageError(
@@ -63,12 +64,19 @@ def resolve_layout(values: Mapping[str, Any], processes: int) -> Layout:
     return Layout(left // sharding, pipeline, sharding, tensor, stage, bool(values["sequence_parallel"]))
 
 
+def _degree(values: Mapping[str, Any], name: str) -> int:
+    if values[name] < 1 and values[name] != -1:
+        raise UsageError(f'"{name}": {values[name]} must be at least 1, or -1 for the default')
+    return max(1, values[name])
+
+
 def _resolve_sharding(values: Mapping[str, Any], left: int) -> tuple[int, int]:
     """(stage, degree) of sharding over the ``left`` processes that hold the same part of the model."""
     wanted = " ".join(values["sharding"].split())
     if wanted not in STAGES:
-        raise UsageError(f'"sharding": "{wanted}" must be one of {", ".join(repr(name) for name in STAGES)}')
-    degree = max(values["sharding_parallel_degree"], values["sharding_degree"])
+        raise UsageError(f'"sharding": "{wanted}" must be one of {", ".join(map(json.dumps, STAGES))}')
+    names = ("sharding_parallel_degree", "sharding_degree")
+    degree = max(_degree(values, name) for name in names) if any(values[name] != -1 for name in names) else -1
     if degree > 1 and not wanted:
         raise UsageError(f'"sharding_parallel_degree": {degree} needs "sharding": "stage1" (or stage2, stage3)')
     if not wanted:

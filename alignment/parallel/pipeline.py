@@ -2,7 +2,8 @@
 
 A stage receives hidden states, runs its layers and sends the result on; the last stage computes the loss. Training
 follows the 1F1B schedule (Narayanan et al. 2021, arXiv:2104.04473, section 2.2): after warming up, a stage alternates
-one forward and one backward pass, so that no more micro-batches are in memory than stages come after it.
+one forward and one backward pass, so that no more micro-batches are in its memory than stages are left, its own among
+them.
 """
 
 from __future__ import annotations

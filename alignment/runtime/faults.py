@@ -94,11 +94,11 @@ def _say(line: str) -> None:
 def _leave(status: int) -> NoReturn:
     """Ends the process with `status`.
 
-    After a fault under the launcher other ranks may sit in a collective; Python's normal exit would wait for this
-    rank's communication threads, so the process leaves at once and the launcher stops the others.
+    Under the launcher at once: Python's normal exit would wait for communication threads while other ranks may sit in
+    a collective, and their C++ destructors, run in any order, have been seen to abort a process that had finished.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and process_count() > 1:
+    if process_count() > 1:
         os._exit(status)
     sys.exit(status)

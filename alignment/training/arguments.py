@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -208,8 +209,8 @@ def refuse_unbuilt(values: Mapping[str, Any], built: Mapping[str, tuple[Any, ...
     """Raises UsageError for the first argument whose value is not among those that work today."""
     for name, allowed in built.items():
         if values[name] not in allowed:
-            works = " or ".join("false" if a is False else "true" if a is True else repr(a) for a in allowed)
-            raise UsageError(f'"{name}": {values[name]!r} is not available yet; what works today is {works}')
+            works = " or ".join(map(json.dumps, allowed))
+            raise UsageError(f'"{name}": {json.dumps(values[name])} is not available yet; what works today is {works}')
 
 
 @dataclass

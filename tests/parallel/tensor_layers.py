@@ -26,6 +26,7 @@ from alignment.parallel.vocabulary import split_entropy, split_log_probs  # noqa
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits  # noqa: E402
 from alignment.ppo.models.placement import merged, split_axis  # noqa: E402
 from alignment.runtime.bootstrap import configure_paddle  # noqa: E402
+from alignment.runtime.faults import run_main  # noqa: E402
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 ROWS, INPUTS, OUTPUTS, VOCABULARY = 5, 6, 8, 12
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -60,6 +60,8 @@ def test_layouts(changes, processes, expected):
         ({"sharding": "stage1", "sharding_parallel_degree": 4}, 6, '"sharding_parallel_degree": 4 must divide the 6'),
         ({"sharding_parallel_degree": 2}, 2, 'needs "sharding": "stage1"'),
         ({"sharding": "stage1 offload"}, 2, '"sharding": "stage1 offload" must be one of'),
+        ({"tensor_parallel_degree": 0}, 2, '"tensor_parallel_degree": 0 must be at least 1, or -1'),
+        ({"sharding": "stage1", "sharding_degree": -2}, 2, '"sharding_degree": -2 must be'),
         ({"sequence_parallel": True}, 2, '"sequence_parallel": true needs "tensor_parallel_degree"'),
     ],
 )
