@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -238,30 +239,27 @@ def test_what_stages_store_is_what_the_whole_stores(parts, whole):
             np.testing.assert_array_equal(value.numpy(), expected[name].numpy())
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_a_stage_misses_its_own_weights_only(tmp_path, stage):
+@pytest.mark.parametrize("load", [load_policy, load_value])
+def test_every_stage_checks_the_whole_checkpoint(tmp_path, load):
+    """So that all processes end with the same line; more layers than the configuration says are another model."""
     config = make_config("llama", False, num_hidden_layers=LAYERS)
     weights = random_weights(config)
-    first = layers_of_stage(LAYERS, 2, 0)
-    for lacking in range(LAYERS):
-        few = {name: value for name, value in weights.items() if f".layers.{lacking}.mlp" not in name}
-        directory = write_checkpoint(tmp_path / str(lacking), config, few)
-        if (lacking in first) == (stage == 0):
-            with pytest.raises(UsageError, match=rf"lacks weights model\.layers\.{lacking}\.mlp\.down_proj\.weight"):
-                load_policy(directory, placement=Placement(stages=2, stage=stage))
-        else:
-            load_policy(directory, placement=Placement(stages=2, stage=stage))
-
-
-def test_weights_that_no_stage_holds_are_named(tmp_path):
-    """By one of the stages at least: a checkpoint of more layers than its configuration says is another model."""
-    config = make_config("llama", False, num_hidden_layers=LAYERS)
-    more = random_weights(config | {"num_hidden_layers": LAYERS + 1})
-    directory = write_checkpoint(tmp_path, config, more)
-    for stages in (2, 3):
-        with pytest.raises(UsageError, match=rf"unknown weights model\.layers\.{LAYERS}\."):
-            for place in places(stages):
-                load_policy(directory, placement=place)
+    lacking = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(LAYERS)]
+    lacking += ["model.embed_tokens.weight", "model.norm.weight"]
+    lacking += ["lm_head.weight"] if load is load_policy else []  # of no use to a score model
+    checkpoints = [
+        ({other: value for other, value in weights.items() if other != name}, f"lacks weights {name}")
+        for name in lacking
+    ]
+    deep = random_weights(config | {"num_hidden_layers": LAYERS + 1})
+    checkpoints.append((deep, f"has unknown weights model.layers.{LAYERS}.input_layernorm.weight"))
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}
+    checkpoints.append((weights | bias, "has unknown weights model.layers.0.self_attn.q_proj.bias"))
+    for number, (stored, message) in enumerate(checkpoints):
+        directory = write_checkpoint(tmp_path / str(number), config, stored)
+        for place in places(2):
+            with pytest.raises(UsageError, match=re.escape(f"{directory}: the checkpoint {message}")):
+                load(directory, placement=place)
 
 
 # ---- what a model's shape allows ------------------------------------------------------------------------------------

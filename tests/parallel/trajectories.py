@@ -128,7 +128,9 @@ def run_scenario(
             trainer.rollout = rollout
         return trainer
 
-    run_stage(stage, parse([str(file), *overrides], groups), build_recorded, parts)
+    pairs = zip(overrides[::2], overrides[1::2], strict=True)
+    known = [word for pair in pairs if stage == "ppo" or pair[0] != "--eval_mode" for word in pair]
+    run_stage(stage, parse([str(file), *known], groups), build_recorded, parts)
     if rollouts and is_main_process():
         arrays = {f"{i}/{name}": array for i, fields in enumerate(rollouts) for name, array in fields.items()}
         np.savez(out / scenario / "rollouts.npz", **arrays)
