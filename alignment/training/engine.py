@@ -199,7 +199,7 @@ class TrainingEngine:
             for kind in stored[self.names[parameter.name]]:
                 whole = files.read(f"{self.names[parameter.name]}/{kind}")
                 part = whole if _axis(kind, parameter) is None else own_slice(whole, parameter, self.model.placement)
-                tensor = paddle.to_tensor(part)  # files are read on the CPU
+                tensor = part.to(paddle.get_device())  # files are read on the CPU
                 if kind == "master":
                     tensor.name = f"{parameter.name}_fp32_master_0"
                     state["master_weights"][parameter.name] = tensor
@@ -220,7 +220,7 @@ class TrainingEngine:
                 stored.setdefault(name, []).append(kind)
         here = {self.names[parameter.name]: parameter for parameter in self.parameters}
         others = here.keys() ^ stored.keys()
-        if stored and others:  # Paddle takes no optimizer state before the first step
+        if files.names() and others:  # Paddle takes no optimizer state before the first step
             raise ValueError(f"parameters trained then and now differ: {min(others)}")
         for name, kinds in stored.items():
             for kind in kinds:

@@ -140,7 +140,7 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
         (["--eval_datasets=y", "--eval_split_ratio=0.1"], '"eval_split_ratio": give it or "eval_datasets"'),
         (["--fp16"], '"fp16": true is not available yet; what works today is false'),
         (["--use_fusemt=true"], '"use_fusemt": true is not available yet; what works today is false'),
-        (["--offload_level=freeze_model"], '"offload_level": "freeze_model" is not available yet; what works today is ""'),
+        (["--offload_level=optimizer"], '"offload_level": "optimizer" is not available yet; what works today is ""'),
         (["--context_parallel_degree=2"], '"context_parallel_degree": 2 is not available yet'),
         (["--do_train=false"], '"do_train": false is not available yet; what works today is true'),
         (["--train_datasets="], '"train_datasets": required'),
@@ -158,6 +158,8 @@ def test_refused_in_one_line(options, start):
     ("processes", "options", "start"),
     [
         (1, "pipeline_parallel_degree=2", '"tensor_parallel_degree" 1 * "pipeline_parallel_degree" 2 = 2 must divide'),
+        (1, "tensor_parallel_degree=0", '"tensor_parallel_degree": 0 must be at least 1, or -1 for the default'),
+        (4, "sharding=stage1 sharding_degree=0", '"sharding_degree": 0 must be at least 1, or -1 for the default'),
         (6, "tensor_parallel_degree=4", '"tensor_parallel_degree" 4 * "pipeline_parallel_degree" 1 = 4 must divide'),
         (4, "sharding_parallel_degree=2", '"sharding_parallel_degree": 2 needs "sharding": "stage1"'),
         (4, "sharding_degree=2", '"sharding_parallel_degree": 2 needs "sharding": "stage1"'),

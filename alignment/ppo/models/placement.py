@@ -60,10 +60,10 @@ class Placement:
         return layers_of_stage(count, self.stages, self.stage)
 
     def holds(self, name: str, count: int, ties_ends: bool) -> bool:
-        """Whether the parameter ``name`` of a model of ``count`` layers is here."""
+        """Whether the parameter ``name`` of a model of ``count`` layers is here; one that it lacks counts as here."""
         layer = _LAYER.search(name)
         if layer:
-            return int(layer.group(1)) in self.layers(count)
+            return int(layer.group(1)) >= count or int(layer.group(1)) in self.layers(count)
         if name.endswith("embed_tokens.weight"):
             return self.is_first or (self.is_last and ties_ends)
         return self.is_last  # final norm and heads

@@ -13,6 +13,7 @@ from paddle.distributed.fleet.utils.sequence_parallel_utils import GatherOp
 
 from alignment.parallel.collectives import copy_to_tensor_group
 from alignment.parallel.pipeline import Pipeline
+from alignment.parallel.topology import topology
 from alignment.parallel.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
 
@@ -80,6 +81,9 @@ def _hidden_states_by_tokens(
 
 def passes_of(model: paddle.nn.Layer) -> Pipeline:
     """Forward and backward passes of a model of which this process may have a part."""
+    if topology().layout.sharding_stage == 3:  # which computes a layer again by itself, in step with other processes
+        for layer in model.sublayers(include_self=True):
+            layer.enable_recompute = False
     return Pipeline(model, partial(hidden_states, model), trunk(model).layers)
 
 

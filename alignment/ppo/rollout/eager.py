@@ -38,6 +38,7 @@ class EagerRolloutEngine:
         self, prompts: Sequence[np.ndarray], draws: Sequence[Draw], sampling: SamplingParameters
     ) -> Rollout:
         """Answer every prompt; see ``RolloutEngine.generate``."""
+        self.model.eval()
         # Rows of like length decode together, so that little of a batch is padding; results go back in order.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         parts: list[tuple[list[int], dict[str, np.ndarray]]] = []
