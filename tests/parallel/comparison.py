@@ -16,6 +16,7 @@ TIMES = ("timing_s/", "perf/")
 # Relative 1e-4, as promised; the absolute part is float32 rounding: of sums of some 30 nats in the metrics that are
 # differences of log-probabilities, and of weights of size 0.1 to 1.
 METRICS_CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+ROUNDING = {"atol": 1e-4}  # of the largest difference between sampling and training, which is nothing but rounding
 WEIGHTS_CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
@@ -63,7 +64,8 @@ def assert_same_metrics(expected: list[dict], found: list[dict]) -> None:
     for row, other in zip(expected, found, strict=True):
         assert other.keys() == row.keys()
         for name, value in row.items():
-            np.testing.assert_allclose(other[name], value, **METRICS_CLOSE, err_msg=f"step {row['step']}: {name}")
+            close = ROUNDING if name == "rollout/probs_diff_max" else METRICS_CLOSE
+            np.testing.assert_allclose(other[name], value, **close, err_msg=f"step {row['step']}: {name}")
 
 
 def assert_same_rollouts(expected: Path, found: Path) -> None:

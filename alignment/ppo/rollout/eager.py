@@ -12,6 +12,7 @@ from alignment.parallel.collectives import concat_over_tensor_group, from_head, 
 from alignment.parallel.gloo import meet
 from alignment.parallel.pipeline import receive, send
 from alignment.parallel.topology import topology
+from alignment.parallel.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
 from alignment.ppo.models.policy import language_model_head, position_ids_of, trunk
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
@@ -32,6 +33,7 @@ class EagerRolloutEngine:
         self.batch_size = batch_size
         group = "model" if model.placement.stages > 1 else "tensor"
         self.group = topology().group(group) if model.placement.is_divided else None
+        self.divides_vocabulary = model.placement.is_last and model.lm_head.weight.is_distributed
 
     @paddle.no_grad()
     def generate(
@@ -61,11 +63,12 @@ class EagerRolloutEngine:
             logits, cache = self._next_logits(input_ids, attention_mask, position_ids, cache)
             tokens = paddle.empty([len(prompts)], dtype="int64")
             if logits is not None:
-                shaped = sampling_logits(logits, seen, position, sampling)
+                whole = concat_over_tensor_group(logits) if self.divides_vocabulary else logits
+                shaped = sampling_logits(whole, seen, position, sampling)
                 tokens = choose_tokens(shaped, uniform[:, position], sampling.temperature == 0)
             self._agree(tokens)
             tokens = paddle.where(finished, paddle.full_like(tokens, sampling.pad_token_id), tokens)
-            steps.append((tokens, ~finished, *_describe(logits, tokens, sampling.temperature or 1.0)))
+            steps.append((tokens, ~finished, *self._describe(logits, tokens, sampling.temperature or 1.0)))
             finished = finished | (tokens.unsqueeze(-1) == eos).any(-1)
             if bool(finished.all()):
                 break
@@ -85,7 +88,7 @@ class EagerRolloutEngine:
         return decoded if self.group is None else from_head(decoded, self.group)
 
     def _next_logits(self, input_ids, attention_mask, position_ids, cache):
-        """Logits float32 [B, V] after the last column of ``input_ids``, None before the last stage; the new cache."""
+        """Logits float32 [B, V] (or [B, V / T]) after the last column, None before the last stage; the new cache."""
         placement, config = self.model.placement, self.model.config
         received = None
         if not placement.is_first:
@@ -102,10 +105,7 @@ class EagerRolloutEngine:
         if not placement.is_last:
             send(hidden.astype(config.dtype), +1)
             return None, cache
-        logits = language_model_head(self.model, hidden[:, -1])
-        if self.model.lm_head.weight.is_distributed:
-            logits = concat_over_tensor_group(logits)
-        return logits.astype("float32"), cache
+        return language_model_head(self.model, hidden[:, -1]).astype("float32"), cache
 
     def _agree(self, tokens: paddle.Tensor) -> None:
         """Have all of the model's processes take the tokens that its head chose, in place."""
@@ -113,21 +113,22 @@ class EagerRolloutEngine:
             meet(self.group)
             dist.broadcast(tokens, src=head_of(self.group), group=self.group)
 
+    def _describe(
+        self, logits: paddle.Tensor | None, tokens: paddle.Tensor, temperature: float
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Log-probabilities and entropies, float32 [B], computed as in training; zeros where there are no logits."""
+        if logits is None:
+            return (paddle.zeros(tokens.shape),) * 2
+        if self.divides_vocabulary:
+            return split_log_probs(logits, tokens, temperature), split_entropy(logits, temperature)
+        return log_probs_from_logits(logits, tokens, temperature), entropy_from_logits(logits, temperature)
+
     def _tokens_in(self, input_ids: paddle.Tensor, attention_mask: paddle.Tensor) -> paddle.Tensor:
         """bool [B, V]: which tokens stand in the real part of each row."""
         seen = np.zeros([input_ids.shape[0], self.model.config.vocab_size], dtype=bool)
         rows, columns = np.nonzero(attention_mask.numpy())
         seen[rows, input_ids.numpy()[rows, columns]] = True
         return paddle.to_tensor(seen)
-
-
-def _describe(
-    logits: paddle.Tensor | None, tokens: paddle.Tensor, temperature: float
-) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Log-probabilities and entropies, float32 [B]; zeros where there are no logits."""
-    if logits is None:
-        return (paddle.zeros(tokens.shape),) * 2
-    return log_probs_from_logits(logits, tokens, temperature), entropy_from_logits(logits, temperature)
 
 
 def _pad_left(prompts: list[np.ndarray], pad_token_id: int) -> tuple[paddle.Tensor, paddle.Tensor]:
