@@ -22,9 +22,9 @@ from paddle.distributed.fleet.meta_parallel import (  # noqa: E402
 from alignment.parallel.collectives import barrier, copy_to_tensor_group, from_head, gather_objects  # noqa: E402
 from alignment.parallel.layout import Layout  # noqa: E402
 from alignment.parallel.topology import join, topology  # noqa: E402
-from alignment.parallel.vocabulary import split_entropy, split_log_probs  # noqa: E402
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits  # noqa: E402
 from alignment.ppo.models.placement import merged, split_axis  # noqa: E402
+from alignment.ppo.models.vocabulary import split_entropy, split_log_probs  # noqa: E402
 from alignment.runtime.bootstrap import configure_paddle  # noqa: E402
 from alignment.runtime.faults import run_main  # noqa: E402
 

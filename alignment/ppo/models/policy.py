@@ -14,8 +14,8 @@ from paddle.distributed.fleet.utils.sequence_parallel_utils import GatherOp
 from alignment.parallel.collectives import copy_to_tensor_group
 from alignment.parallel.pipeline import Pipeline
 from alignment.parallel.topology import topology
-from alignment.parallel.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
+from alignment.ppo.models.vocabulary import split_entropy, split_log_probs
 
 
 class Packed(NamedTuple):

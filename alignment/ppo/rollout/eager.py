@@ -12,9 +12,9 @@ from alignment.parallel.collectives import concat_over_tensor_group, from_head, 
 from alignment.parallel.gloo import meet
 from alignment.parallel.pipeline import receive, send
 from alignment.parallel.topology import topology
-from alignment.parallel.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
 from alignment.ppo.models.policy import language_model_head, position_ids_of, trunk
+from alignment.ppo.models.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
 from alignment.ppo.rollout.sampling import choose_tokens, sampling_logits
 
