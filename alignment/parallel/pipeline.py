@@ -53,8 +53,7 @@ class Pipeline:
         self.model, self.run_layers = model, run_layers
         self.shards = Shards(model, layers)
         self.dtype, self.hidden_size = model.config.dtype, model.config.hidden_size
-        trained = any(not parameter.stop_gradient for parameter in model.parameters())
-        before = gather_objects(trained, "pipe")[: topology().stage]
+        before = gather_objects(bool(self.shards.trained), "pipe")[: topology().stage]
         self.gradient_leaves = any(before)  # a stage before this one learns
 
     @paddle.no_grad()

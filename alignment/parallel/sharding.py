@@ -156,6 +156,7 @@ def _bring_when_called(layer: paddle.nn.Layer, shards: Shards) -> None:
     compute = layer.forward
 
     def forward(hidden: paddle.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's own, with its parameters here meanwhile."""
         if shards.is_whole:
             return compute(hidden, *args, **kwargs)
         if not paddle.is_grad_enabled() or (hidden.stop_gradient and not _is_trained(layer)):
@@ -183,6 +184,7 @@ class _Brought(PyLayer):
 
     @staticmethod
     def backward(ctx: Any, gradient: paddle.Tensor) -> paddle.Tensor:
+        """Gradient of ``hidden`` [B, L, H]; those of the parameters go to their owners."""
         (hidden,) = ctx.saved_tensor()
         hidden = hidden.detach()
         hidden.stop_gradient = False

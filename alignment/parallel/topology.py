@@ -110,8 +110,8 @@ def _locate(layout: Layout, rank: int, fleet_groups: Any) -> Topology:
         "model": _group_along(coordinates, rank, lambda d, p, s, t: (d, s)),
         **_stage_groups(layout, coordinates, rank),
     }
-    alone = {name: group for name, group in groups.items() if group is not None and group.nranks > 1}
-    return Topology(layout, data * layout.sharding + shard, stage, shard, tensor, alone)
+    shared = {name: group for name, group in groups.items() if group is not None and group.nranks > 1}
+    return Topology(layout, data * layout.sharding + shard, stage, shard, tensor, shared)
 
 
 def _group_along(coordinates: list[tuple[int, ...]], rank: int, key: Any) -> Any:

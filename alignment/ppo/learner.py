@@ -102,6 +102,7 @@ class Learner:
         old, anchor, advantages = as_tensors(part.log_probs, part.ref_log_probs, targets.advantages)
 
         def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[dict[str, float], float]]:
+            """The policy's objective, and sums over its tokens, from final hidden states [B, L, H]."""
             new, entropy = response_log_probs(
                 model, hidden, packed, mask, args.temperature, train_entropy=args.entropy_coeff > 0
             )

@@ -45,6 +45,7 @@ class RewardTrainer(StageTrainer):
         ids, mask = paddle.concat([better_ids, worse_ids]), paddle.concat([better_mask, worse_mask])
 
         def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[float, Arrays]]:
+            """The ranking loss with its penalty, and the scores, from final hidden states [2P, L, H]."""
             raw = self.model.scores(hidden)
             scores = raw if self.normalizer is None else self.normalizer.normalize(raw)
             better, worse = paddle.split(end_scores(scores, mask), 2)

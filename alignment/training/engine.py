@@ -19,6 +19,8 @@ from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.weights import WeightFiles
 from alignment.runtime.faults import RunError
 
+NORM_EPSILON = 1e-6  # as in paddle.nn.utils.clip_grad_norm_
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -46,9 +48,6 @@ class OptimizerSettings:
         return cls(**values)
 
 
-NORM_EPSILON = 1e-6  # as in paddle.nn.utils.clip_grad_norm_
-
-
 class TrainingEngine:
     """One model with its optimizer and schedule.
 
@@ -67,10 +66,10 @@ class TrainingEngine:
         self.name = name
         self.max_grad_norm = settings.max_grad_norm
         self.names = {p.name: key for key, p in model.named_parameters() if not p.stop_gradient}
-        self.parameters = [p for p in model.parameters() if not p.stop_gradient]
-        self.copies = {p.name for p in self.parameters if is_copy(self.names[p.name], model)}
         self.pipeline = passes_of(model)
         self.shards = self.pipeline.shards
+        self.parameters = self.shards.trained
+        self.copies = {p.name for p in self.parameters if is_copy(self.names[p.name], model)}
         warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
         self.scheduler = get_scheduler(
             settings.lr_scheduler_type,
