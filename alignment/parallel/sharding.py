@@ -7,8 +7,8 @@ Stage 3: between uses, only the owner has the parameters of the transformer laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from paddle.autograd import PyLayer
 from alignment.parallel.collectives import buckets, flatten, unflatten
 from alignment.parallel.gloo import meet
 from alignment.parallel.topology import topology
+
+Home = Callable[[bool], AbstractContextManager]  # told whether its tensors will change; within it they are there
 
 
 def assign_owners(sizes: Sequence[int], members: int) -> list[int]:
@@ -37,6 +39,8 @@ class Shards:
     Args:
         model: this process's part.
         layers: its transformer layers, which stage 3 divides.
+
+    Attributes: home: where the parameters that this process keeps are between uses (alignment.ppo.offload).
     """
 
     def __init__(self, model: paddle.nn.Layer, layers: Sequence[paddle.nn.Layer]) -> None:
@@ -54,6 +58,7 @@ class Shards:
         self.layers = list(layers) if self.stage == 3 else []
         self.divided = {p.name for layer in self.layers for p in layer.parameters()}
         self.is_whole = not self.divided
+        self.home: Home = nullcontext
         for layer in self.layers:
             _bring_when_called(layer, self)
             self._release(layer.parameters())
@@ -113,16 +118,13 @@ class Shards:
     @contextmanager
     def whole_model(self) -> Iterator[None]:
         """Within it, every parameter is here; every member must enter it together, and may then compute by itself."""
-        if self.is_whole:
-            yield
-            return
         parameters = [p for layer in self.layers for p in layer.parameters()]
-        with self.brought(parameters):
-            self.is_whole = True
+        with self.home(False), nullcontext() if self.is_whole else self.brought(parameters):
+            before, self.is_whole = self.is_whole, True
             try:
                 yield
             finally:
-                self.is_whole = False
+                self.is_whole = before
 
     def _broadcast(self, parameters: Iterable[paddle.Tensor]) -> None:
         meet(self.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from alignment.runtime.faults import UsageError
 from alignment.training.arguments import SCHEDULES, DataArguments, StageArguments, refuse_unbuilt
 
 EVAL_MODES = ("single", "tensor_parallel")
+OFFLOAD_LEVELS = ("freeze_model", "optimizer", "train_model")
 
 
 @dataclass
@@ -96,7 +98,12 @@ class TrainingArguments(StageArguments):
         group="Rollout",
         choices=("", *EVAL_MODES),
     )
-    offload_level: str = argument("", "Models kept off the device while idle; not available yet.", group="Rollout")
+    offload_level: str = argument(
+        "",
+        "What leaves the device between the phases that use it, a space between the words: freeze_model (reward model "
+        "and reference), optimizer (its state), train_model (weights of actor and critic).",
+        group="Precision and memory",
+    )
 
     critic_learning_rate: float | None = argument(None, "Default: learning_rate.", group="Critic", gt=0)
     critic_weight_decay: float | None = argument(None, "Default: weight_decay.", group="Critic", ge=0)
@@ -119,7 +126,8 @@ class TrainingArguments(StageArguments):
     def validate(values: dict[str, Any]) -> None:
         """See StageArguments.validate."""
         StageArguments.validate(values)
-        refuse_unbuilt(values, {"use_fusemt": (False,), "offload_level": ("",)})
+        refuse_unbuilt(values, {"use_fusemt": (False,)})
+        _settle_offload(values)
         values["eval_mode"] = values["eval_mode"] or None
         _settle_lengths(values)
         _validate_batches(values)
@@ -142,6 +150,16 @@ def _settle_lengths(values: dict[str, Any]) -> None:
         )
     if values["max_prompt_len"] > longest:
         raise UsageError(f'"max_prompt_len": {values["max_prompt_len"]} is more than "max_length", {longest}')
+
+
+def _settle_offload(values: dict[str, Any]) -> None:
+    words = values["offload_level"].split()
+    if not set(words) <= set(OFFLOAD_LEVELS):
+        raise UsageError(
+            f'"offload_level": {json.dumps(values["offload_level"])} is not allowed; it must be "" or some of '
+            f"{', '.join(OFFLOAD_LEVELS)}, with a space between them"
+        )
+    values["offload_level"] = " ".join(level for level in OFFLOAD_LEVELS if level in words)
 
 
 def _validate_batches(values: dict[str, Any]) -> None:

@@ -10,14 +10,17 @@ import paddle
 from alignment.ppo.models.freezing import set_trainable_layers
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.placement import Placement
+from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.tokenizer import Tokenizer, load_tokenizer
 from alignment.ppo.models.value import load_value
+from alignment.ppo.offload import Offload
 from alignment.ppo.rewards import FunctionReward, RewardSource, ServerReward, WeightedRewards
 from alignment.ppo.rewards.model import ModelReward
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.ppo.trainer import PARTS, Models, PPOTrainer, critic_checkpoint
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
+from alignment.runtime.timing import PhaseTimer
 from alignment.training.checkpoint import find_checkpoint
 from alignment.training.setup import check_positions, load_data, load_dataset, load_named, weight_dtype
 from data import PromptOnlyDataset, SupervisedDataset
@@ -41,7 +44,8 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> PPOTrainer:
     tokenizer = load_named(ACTOR, load_tokenizer, model_args.actor_model_name_or_path)
     prompts, eval_prompts = load_data(PromptOnlyDataset, data_args, args, tokenizer, data_args.max_prompt_len)
     ptx_set = _load_texts(data_args, args, tokenizer) if args.ptx_coeff > 0 else None
-    models = _load_models(model_args, data_args, args, tokenizer, text_rewards, policy, value)
+    offload = Offload(args.offload_level.split(), Path(args.output_dir), PhaseTimer())
+    models = _load_models(model_args, data_args, args, tokenizer, text_rewards, offload, policy, value)
     longest = max(len(item["input_ids"]) for part in (prompts, eval_prompts or ()) for item in part)
     for model in (models.actor, models.critic):
         check_positions("max_new_tokens", model, longest + args.max_new_tokens)
@@ -50,7 +54,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> PPOTrainer:
     sampling = _sampling(args, models)
     if sampling.is_truncated:
         say("notice: top_p, top_k, repetition_penalty or min_new_tokens shape sampling, but not the ratio and the KL")
-    return PPOTrainer(args, models, sampling, prompts, eval_prompts, ptx_set, policy)
+    return PPOTrainer(args, models, offload, sampling, prompts, eval_prompts, ptx_set, policy)
 
 
 def _text_rewards(args: Any) -> list[RewardSource]:
@@ -76,20 +80,24 @@ def _load_models(
     args: Any,
     tokenizer: Tokenizer,
     text_rewards: list[RewardSource],
+    offload: Offload,
     policy: Path | None,
     value: Path | None,
 ) -> Models:
-    """policy, value: checkpoints to resume from, or None."""
+    """Frozen models leave the device as soon as they are read. policy, value: checkpoints to resume from, or None."""
     start, dtype = model_args.actor_model_name_or_path, weight_dtype(args)
     sources = text_rewards
     if model_args.reward_model_name_or_path:
         reward_model = _load_reward(model_args.reward_model_name_or_path, data_args, args, tokenizer, dtype)
+        offload.add_frozen(reward_model.pipeline)
         sources = [reward_model, *sources]
     here = Placement.here()
     reference = load_named(ACTOR, load_policy, start, dtype, placement=here)
     reference.eval()
     for parameter in reference.parameters():
         parameter.stop_gradient = True
+    reference = passes_of(reference)
+    offload.add_frozen(reference)
     actor = load_named(ACTOR, load_policy, policy or start, dtype, args.recompute, here)
     load_named("num_layers_unfrozen", set_trainable_layers, actor, args.num_layers_unfrozen)
     critic = _load_critic(value or model_args.reward_critic_model_name_or_path, args, tokenizer, dtype)

@@ -1,10 +1,14 @@
-"""Learning from experience: update_iters passes over its minibatches, one optimizer step of actor and critic each."""
+"""Learning from experience: update_iters passes over its minibatches, one optimizer step of actor and critic each.
+
+The actor goes through all of them, then the critic: neither needs the other meanwhile, and so each is on the device
+once an iteration (alignment.ppo.offload).
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -54,22 +58,25 @@ class Learner:
 
         Args: tolerance: largest difference allowed between the log-probabilities of sampling and those of training,
             both before the first step; the ratio is then 1.
-        Raises: RunError over ``tolerance``, or if a gradient is not finite; the weights are then untouched.
+        Raises: RunError over ``tolerance``, with nothing learnt, or before a step whose gradient is not finite.
         """
-        sums: Sums = Counter()
-        difference = 0.0
-        for number, rows in enumerate(self._minibatches(len(experience), iteration)):
-            step_sums, largest = self._accumulate(experience, targets, rows)
-            if number == 0:
-                difference = largest
-                _check_log_probs(difference, tolerance)
-            elif self.args.target_kl and step_sums["approxkl"] / step_sums["tokens"] > self.args.target_kl:
-                self.actor.discard()
-                self.critic.discard()
-                break
-            if self.ptx_set is not None:
-                step_sums["ptx"] = self._learn_texts(steps_per_iteration(self.args) * (iteration - 1) + number)
-            sums.update(step_sums | self._step())
+        sums, difference, minibatches = Counter(), 0.0, []
+        with self.actor.learning():
+            for number, rows in enumerate(self._minibatches(len(experience), iteration)):
+                step_sums, largest = self._accumulate(self.actor, self._policy_micro_batch, experience, targets, rows)
+                if number == 0:
+                    difference = largest
+                    _check_log_probs(difference, tolerance)
+                elif self.args.target_kl and step_sums["approxkl"] / step_sums["tokens"] > self.args.target_kl:
+                    break
+                if self.ptx_set is not None:
+                    step_sums["ptx"] = self._learn_texts(steps_per_iteration(self.args) * (iteration - 1) + number)
+                sums.update(step_sums | {"actor_norm": self.actor.step()["grad_norm"], "steps": 1.0})
+                minibatches.append(rows)
+        with self.critic.learning():
+            for rows in minibatches:
+                step_sums, _ = self._accumulate(self.critic, self._value_micro_batch, experience, targets, rows)
+                sums.update(step_sums | {"critic_norm": self.critic.step()["grad_norm"]})
         return _describe(sums) | {"rollout/probs_diff_max": difference, **self._rates()}
 
     def _minibatches(self, count: int, iteration: int) -> Iterator[np.ndarray]:
@@ -78,7 +85,14 @@ class Learner:
             order = np.random.default_rng([self.args.seed, iteration, epoch]).permutation(count)
             yield from (order[start : start + self.minibatch_size] for start in range(0, count, self.minibatch_size))
 
-    def _accumulate(self, experience: Experience, targets: Targets, rows: np.ndarray) -> tuple[Sums, float]:
+    def _accumulate(
+        self,
+        engine: TrainingEngine,
+        micro_batch: Callable[[Experience, Targets, float], MicroBatch],
+        experience: Experience,
+        targets: Targets,
+        rows: np.ndarray,
+    ) -> tuple[Sums, float]:
         """Gradients of one minibatch; returns sums over all processes and the largest |log ratio| on any."""
         lengths, tokens = experience.attention_mask.sum(-1), float(experience.lengths[rows].sum())
         size = self.args.per_device_train_batch_size
@@ -86,9 +100,7 @@ class Learner:
         for micro in own_micro_batches(rows.tolist(), lengths.__getitem__, size):
             part = experience.take(np.asarray(micro))
             parts.append((part, targets.take(np.asarray(micro), part.response_ids.shape[1])))
-        idle = idle_rounds(len(rows), size)
-        own = self.actor.accumulate([self._policy_micro_batch(*part, tokens) for part in parts], idle)
-        own += self.critic.accumulate([self._value_micro_batch(*part, tokens) for part in parts], idle)
+        own = engine.accumulate([micro_batch(*part, tokens) for part in parts], idle_rounds(len(rows), size))
         total: Sums = Counter()
         differences = [0.0]
         for sums, difference in chain(*gather_objects(own)):
@@ -137,10 +149,6 @@ class Learner:
         ]
         reports = self.actor.accumulate(micro_batches, idle_rounds(len(items), size))
         return sum(loss for loss, _ in chain(*gather_objects(reports)))
-
-    def _step(self) -> dict[str, float]:
-        norms = {"actor_norm": self.actor.step()["grad_norm"], "critic_norm": self.critic.step()["grad_norm"]}
-        return norms | {"steps": 1.0}
 
     def _rates(self) -> dict[str, float]:
         return {"lr": self.actor.learning_rate, "critic/lr": self.critic.learning_rate}

@@ -13,21 +13,22 @@ from typing import Any
 import numpy as np
 import paddle
 
+from alignment.parallel.pipeline import Pipeline
 from alignment.parallel.topology import topology
 from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
 from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
 from alignment.ppo.experience import Experience
 from alignment.ppo.learner import Learner, steps_per_iteration
-from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.saving import save_model
+from alignment.ppo.offload import Offload
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import WeightedRewards
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.runtime.console import show_samples
 from alignment.runtime.faults import RunError
 from alignment.runtime.metrics import is_main_process, keep_steps
-from alignment.runtime.timing import PhaseTimer, peak_memory_gb
+from alignment.runtime.timing import peak_memory_gb
 from alignment.training.batches import BatchSchedule
 from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
 from alignment.training.engine import OptimizerSettings, TrainingEngine
@@ -40,13 +41,13 @@ PARTS = ("policy", "value")
 
 @dataclass(frozen=True)
 class Models:
-    """The four models of RLHF; the reward model is one of the reward sources. All PaddleNLP layers.
+    """The four models of RLHF: PaddleNLP layers, of the reference its passes; the reward model is one of the sources.
 
     tokenizer: of the actor, which the critic shares.
     """
 
     actor: paddle.nn.Layer
-    reference: paddle.nn.Layer
+    reference: Pipeline
     critic: paddle.nn.Layer
     rewards: WeightedRewards
     tokenizer: Any
@@ -58,6 +59,7 @@ class PPOTrainer:
     Args:
         args: alignment.ppo.arguments.TrainingArguments.
         models: see ``Models``.
+        offload: knows the frozen models already; actor and critic join here.
         sampling: how answers are drawn.
         prompts, eval_prompts: data.PromptOnlyDataset; eval_prompts may be None.
         ptx_set: data.SupervisedDataset of the language-model term, or None.
@@ -68,6 +70,7 @@ class PPOTrainer:
         self,
         args: Any,
         models: Models,
+        offload: Offload,
         sampling: SamplingParameters,
         prompts: Sequence[dict],
         eval_prompts: Sequence[dict] | None = None,
@@ -97,17 +100,19 @@ class PPOTrainer:
             else FixedKLController(args.kl_coeff)
         )
         self.score_scaler = ScoreScaler()
-        self.timer = PhaseTimer()
+        self.timer = offload.timer
         self.collector = Collector(
             sampler=Sampler(actor, args.eval_mode, args.per_device_eval_batch_size),
             actor=actor.pipeline,
-            reference=passes_of(models.reference),
+            reference=models.reference,
             critic=critic.pipeline,
             rewards=models.rewards,
             tokenizer=models.tokenizer,
             batch_size=args.per_device_eval_batch_size,
             timer=self.timer,
         )
+        for engine in (critic, actor):  # the order of use: the actor samples, then all score, the critic last
+            offload.add_trained(engine)
         self.episodes = 0
 
     def train(self) -> dict[str, float]:

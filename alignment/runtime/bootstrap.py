@@ -115,6 +115,12 @@ def _keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(setting, 1 << 30)
 
 
+def return_freed_memory() -> None:
+    """Has glibc give back to the system what ``_keep_freed_memory`` had it keep."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def tensor_views() -> Iterator[None]:
     """Allows Tensor.view, which needs the kernels that `configure_paddle` turns off on a CPU."""

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from paddlenlp.trainer.trainer_utils import get_scheduler
 
 from alignment.parallel.collectives import sum_tensors
 from alignment.parallel.pipeline import MicroBatch
+from alignment.parallel.sharding import Home
 from alignment.parallel.topology import topology
 from alignment.ppo.models.placement import is_copy, is_tied, merged, own_slice, split_axis
 from alignment.ppo.models.policy import passes_of
@@ -59,6 +61,8 @@ class TrainingEngine:
         settings: optimizer and schedule.
         total_steps: optimizer steps of the whole run, for the schedule.
         name: for messages, e.g. "actor".
+
+    Attributes: optimizer_home: where ``optimizer_tensors`` are between uses, as Shards.home.
     """
 
     def __init__(self, model: paddle.nn.Layer, settings: OptimizerSettings, total_steps: int, name: str) -> None:
@@ -89,6 +93,16 @@ class TrainingEngine:
             apply_decay_param_fun=decayed.__contains__,
             multi_precision=True,
         )
+        self.optimizer_home: Home = nullcontext
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around ``accumulate`` and ``step``: weights and optimizer are on the device, and no gradient outlasts it."""
+        with self.shards.home(True), self.optimizer_home(True):
+            try:
+                yield
+            finally:
+                self.discard()
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], idle_rounds: int = 0) -> list[Any]:
         """Add the gradients of micro-batches; returns their reports, on every stage of the model.
@@ -174,6 +188,16 @@ class TrainingEngine:
 
         Every process of the job calls it. Its own part of a tied embedding's copy is left out.
         """
+        with self.optimizer_home(False):
+            return self._merged_state(), self.scheduler.state_dict()
+
+    def optimizer_tensors(self) -> list[paddle.Tensor]:
+        """Moments, powers of beta and float32 weights; none before the first step or ``load_state_dict``."""
+        state = self.optimizer.state_dict()
+        state.pop("LR_Scheduler", None)
+        return [*state.pop("master_weights", {}).values(), *state.values()]
+
+    def _merged_state(self) -> dict[str, np.ndarray]:
         state = self.optimizer.state_dict() if self.optimizer else {}
         state.pop("LR_Scheduler", None)
         masters = state.pop("master_weights", {})
@@ -185,7 +209,7 @@ class TrainingEngine:
             name, _, kind = key.rpartition("/")
             if by_name[name].name not in self.copies:
                 whole[key] = merged(tensors[key], _axis(kind, by_name[name])).numpy()
-        return whole, self.scheduler.state_dict()
+        return whole
 
     def load_state_dict(self, files: WeightFiles, schedule: dict) -> None:
         """Take back what ``state_dict`` gave, in whatever layout.
@@ -193,7 +217,17 @@ class TrainingEngine:
         Raises: ValueError, with nothing changed, if it is not the state of the parameters that are trained here.
         """
         stored = self._check_state(files, schedule)
-        state: dict = {"LR_Scheduler": schedule, "master_weights": {}}
+        with self.optimizer_home(True):
+            if self.optimizer:
+                self.optimizer.set_state_dict(self._read_state(files, stored) | {"LR_Scheduler": schedule})
+            if stored and self.optimizer:  # else Adam holds both the state and a copy of it until its first step
+                block = paddle.static.default_main_program().global_block()
+                self.optimizer._create_accumulators(block, self.shards.own)
+        self.scheduler.set_state_dict(schedule)
+
+    def _read_state(self, files: WeightFiles, stored: dict[str, list[str]]) -> dict:
+        """What is stored of the parameters that are owned here, under Paddle's names."""
+        state: dict = {"master_weights": {}}
         for parameter in self.shards.own if stored else ():
             for kind in stored[self.names[parameter.name]]:
                 whole = files.read(f"{self.names[parameter.name]}/{kind}")
@@ -204,9 +238,7 @@ class TrainingEngine:
                     state["master_weights"][parameter.name] = tensor
                 else:
                     state[f"{parameter.name}_{kind}"] = tensor
-        if self.optimizer:
-            self.optimizer.set_state_dict(state)
-        self.scheduler.set_state_dict(schedule)
+        return state
 
     def _check_state(self, files: WeightFiles, schedule: dict) -> dict[str, list[str]]:
         """What is stored of the parameters here: their names with the kinds of tensors."""

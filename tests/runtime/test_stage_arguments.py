@@ -103,16 +103,15 @@ def test_paddlenlps_ppo_file(tmp_path, capsys, monkeypatch):
     file.write_text(json.dumps(PADDLENLP_PPO | COMMON | {"reward_model_name_or_path": "r"}))
     with pytest.raises(UsageError, match='^"tensor_parallel_degree" 2 .* must divide .* processes, .* 1; start'):
         resolve([str(file)], GROUPS["ppo"])
-    single = ["--tensor_parallel_degree=1", "--sharding_parallel_degree=1", "--sharding=", "--offload_level="]
+    single = ["--tensor_parallel_degree=1", "--sharding_parallel_degree=1", "--sharding="]
     values = resolve([str(file), *single], GROUPS["ppo"])
     notice = "notice: accepted, without effect here: do_eval, pipeline_parallel_config\n"
     assert capsys.readouterr().err == notice
     assert (values["max_new_tokens"], values["max_prompt_len"], values["eval_mode"]) == (512, 512, None)
     assert values["reward_critic_model_name_or_path"] == "r"
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "8")
-    with pytest.raises(UsageError, match='^"offload_level": .* is not available yet; what works today'):
-        resolve([str(file)], GROUPS["ppo"])
-    values = resolve([str(file), "--offload_level="], GROUPS["ppo"])
+    values = resolve([str(file)], GROUPS["ppo"])
+    assert values["offload_level"] == "freeze_model"
     assert resolve_layout(values, 8) == Layout(sharding=4, tensor=2, sharding_stage=1)
 
 
@@ -140,7 +139,10 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
         (["--eval_datasets=y", "--eval_split_ratio=0.1"], '"eval_split_ratio": give it or "eval_datasets"'),
         (["--fp16"], '"fp16": true is not available yet; what works today is false'),
         (["--use_fusemt=true"], '"use_fusemt": true is not available yet; what works today is false'),
-        (["--offload_level=optimizer"], '"offload_level": "optimizer" is not available yet; what works today is ""'),
+        (
+            ["--offload_level=optimizer model"],
+            '"offload_level": "optimizer model" is not allowed; it must be "" or some of freeze_model, optimizer, tr',
+        ),
         (["--context_parallel_degree=2"], '"context_parallel_degree": 2 is not available yet'),
         (["--do_train=false"], '"do_train": false is not available yet; what works today is true'),
         (["--train_datasets="], '"train_datasets": required'),
