@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import combinations
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,7 @@ import numpy as np  # noqa: E402
 
 from alignment.parallel.topology import topology  # noqa: E402
 from alignment.ppo.arguments import GROUPS as PPO_GROUPS  # noqa: E402
+from alignment.ppo.arguments import OFFLOAD_LEVELS  # noqa: E402
 from alignment.ppo.build import build_trainer as build_ppo  # noqa: E402
 from alignment.ppo.trainer import PARTS  # noqa: E402
 from alignment.rm.arguments import GROUPS as RM_GROUPS  # noqa: E402
@@ -56,6 +58,8 @@ VARIANTS = {  # name: (stage, arguments)
     "apa": ("ppo", ONLINE | {"policy_loss": "apa", "kl_controller": "adaptive", "kl_target": 0.01, "kl_horizon": 50}),
     "awr": ("ppo", ONLINE | {"policy_loss": "awr", "awr_weight_clip": 2.0}),
 }
+LEVELS = [" ".join(words) for n in range(len(OFFLOAD_LEVELS) + 1) for words in combinations(OFFLOAD_LEVELS, n)]
+OFFLOADED = {f"offload{i}": ("ppo", VARIANTS["ppo"][1] | {"offload_level": words}) for i, words in enumerate(LEVELS)}
 SETS = {
     "fast": [
         "sft-llama_tied",
@@ -68,6 +72,8 @@ SETS = {
     "full": [f"{variant}-{model}" for variant in VARIANTS for model in MODELS],
     "rl": ["ppo-llama_tied"],
     "supervised": ["sft-llama_tied"],
+    "offload": [f"{variant}-llama_tied" for variant in OFFLOADED],
+    "offload_all": ["offload0-llama_tied", f"offload{len(LEVELS) - 1}-llama_tied"],
 }
 BUILDERS = {
     "sft": (build_sft, SFT_GROUPS, ("",)),
@@ -89,7 +95,7 @@ def write_models(folder: Path) -> Path:
 def arguments_of(scenario: str, out: Path) -> tuple[str, dict]:
     """Stage and arguments of "<variant>-<model>", but for batch sizes and layout."""
     variant, model = scenario.split("-")
-    stage, changes = VARIANTS[variant]
+    stage, changes = (VARIANTS | OFFLOADED)[variant]
     key = "actor_model_name_or_path" if stage == "ppo" else "model_name_or_path"
     if stage == "rm":  # whose scores differ: they are normalised by their deviation, and rounding with them
         model += "_wide"
