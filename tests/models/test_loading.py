@@ -43,6 +43,12 @@ def test_logits_match_reference(checkpoint):
     np.testing.assert_allclose(actual, logits(weights, config, IDS), rtol=1e-4, atol=1e-4)
 
 
+def test_layers_share_one_table_of_positions(checkpoint):
+    model = load_policy(checkpoint[0])
+    tables = {id(layer.rotary_emb) for layer in model.sublayers() if hasattr(layer, "rotary_emb")}
+    assert len(tables) == 1 < model.config.num_hidden_layers
+
+
 def test_padding_on_either_side_changes_nothing(checkpoint):
     directory, config, weights = checkpoint
     model = load_policy(directory)
