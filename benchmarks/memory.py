@@ -42,7 +42,7 @@ ARGUMENTS = {
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "num_layers_unfrozen": -1,
-    "max_steps": 3,
+    "max_steps": 2,
     "learning_rate": 1e-5,
     "lr_scheduler_type": "constant",
     "save_strategy": "no",
@@ -147,13 +147,13 @@ def main() -> None:
             row = measure(name, Path(folder), overrides)
             row["ratio"] = round(row["peak_mb"] / (rows[0] if rows else row)["peak_mb"], 3)
             rows.append(row)
+            if options.json:
+                options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+                draw(rows, options.json.with_suffix(".png"))
             times = f"{row['iteration_s']:12.2f} {row['offload_s']:10.3f}"
             print(f"{name:<36} {row['peak_mb']:8} {row['ratio']:6.2f} {times}", flush=True)
     same = all(row["metrics"] == rows[0]["metrics"] for row in rows)
     print(f"metrics of all steps equal to the first row's, bit for bit: {'yes' if same else 'no'}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-        draw(rows, options.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

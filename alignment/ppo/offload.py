@@ -1,7 +1,7 @@
 """What leaves the device while it is idle (``offload_level``), and where to.
 
     freeze_model    reward model and reference, but for scoring
-    train_model     weights of actor and critic, but for sampling, scoring, learning and saving
+    train_model     weights of actor and critic, but for sampling, scoring, learning and saving; what eval_mode copies
     optimizer       moments and float32 weights of actor and critic, but for learning and saving
 
 On a CPU a set of tensors lies in an unlinked file in output_dir: a place that the user chose for files of that size
@@ -110,6 +110,7 @@ class Offload:
 
     def add_trained(self, engine: TrainingEngine) -> None:
         """The next model in the order of use, with its optimizer."""
+        engine.spares_memory = bool(self.levels)  # else what freed memory is in pieces adds up, step by step
         if "train_model" in self.levels:
             self._add_model(engine.pipeline)
         if "optimizer" in self.levels and engine.optimizer is not None:

@@ -8,7 +8,6 @@ single              every process has the whole policy: all processes answer dif
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from alignment.ppo.models.loading import build_policy
 from alignment.ppo.models.placement import Placement, is_copy, merged, split_axis
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
+from alignment.runtime.bootstrap import return_freed_memory
 from alignment.training.engine import TrainingEngine
 
 
@@ -34,11 +34,14 @@ class Sampler:
         actor: the policy that is trained; its weights are what ``refresh`` copies.
         eval_mode: as the argument of that name.
         batch_size: rows decoded together.
+        drops_copy: where sampling needs a copy of the weights, give its memory back after each use.
 
     Attributes: engine: a RolloutEngine; part: (index, count) of the prompts that this process answers.
     """
 
-    def __init__(self, actor: TrainingEngine, eval_mode: str | None, batch_size: int) -> None:
+    def __init__(
+        self, actor: TrainingEngine, eval_mode: str | None, batch_size: int, drops_copy: bool = False
+    ) -> None:
         self.actor, place = actor, topology()
         layout, model = place.layout, actor.model
         wanted = {
@@ -58,6 +61,8 @@ class Sampler:
             model = build_policy(deepcopy(model.config), model.config.dtype, False, wanted)
             self.target = dict(model.named_parameters())
             self.names = gather_objects(_own_names(actor.model), "pipe")  # of every stage
+            self.drops_copy = drops_copy
+            self._drop_copy()
         elif model.placement.sequence_parallel:
             trained, model = model, build_policy(deepcopy(model.config), model.config.dtype, False, wanted)
             _share_parameters(trained, model)
@@ -74,8 +79,13 @@ class Sampler:
 
     def answer(self, prompts: Sequence[np.ndarray], draws: Sequence[Draw], sampling: SamplingParameters) -> Rollout:
         """As RolloutEngine.generate, with all weights in memory meanwhile."""
-        with nullcontext() if self.is_copy else self.actor.shards.whole_model():
+        if not self.is_copy:
+            with self.actor.shards.whole_model():
+                return self.engine.generate(prompts, draws, sampling)
+        try:
             return self.engine.generate(prompts, draws, sampling)
+        finally:
+            self._drop_copy()
 
     def gather(self, item: Any) -> list[Any]:
         """What all processes found for their parts."""
@@ -84,8 +94,16 @@ class Sampler:
             found = [one for part in gather_objects(found, name) for one in part]
         return found
 
+    def _drop_copy(self) -> None:
+        if self.drops_copy:
+            for parameter in self.target.values():
+                parameter._clear_data()
+            return_freed_memory()
+
     def _bring(self, name: str, stage: int, source: paddle.Tensor | None) -> None:
         target, pipe = self.target[name], topology().group("pipe")
+        if not target._is_initialized():
+            paddle.empty(target.shape, dtype=target.dtype)._share_buffer_to(target)
         if stage == topology().stage:
             changes = split_axis(source) is not None and split_axis(target) is None
             value = merged(source.detach(), split_axis(source)) if changes else source.detach()

@@ -102,7 +102,9 @@ class PPOTrainer:
         self.score_scaler = ScoreScaler()
         self.timer = offload.timer
         self.collector = Collector(
-            sampler=Sampler(actor, args.eval_mode, args.per_device_eval_batch_size),
+            sampler=Sampler(
+                actor, args.eval_mode, args.per_device_eval_batch_size, drops_copy="train_model" in offload.levels
+            ),
             actor=actor.pipeline,
             reference=models.reference,
             critic=critic.pipeline,

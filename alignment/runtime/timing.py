@@ -10,18 +10,24 @@ from contextlib import contextmanager
 
 
 class PhaseTimer:
-    """``with timer("rollout"): ...`` adds up seconds; ``pop`` gives them as metrics and starts anew."""
+    """``with timer("rollout"): ...`` adds up seconds; ``pop`` gives them as metrics and starts anew.
+
+    A phase inside another counts for itself alone, so that phases add up to the time they took together.
+    """
 
     def __init__(self) -> None:
         self._seconds: Counter[str] = Counter()
+        self._inside = 0.0  # seconds of the phases that have ended inside the present one
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, before, self._inside = time.perf_counter(), self._inside, 0.0
         try:
             yield
         finally:
-            self._seconds[phase] += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._seconds[phase] += seconds - self._inside
+            self._inside = before + seconds
 
     def pop(self) -> dict[str, float]:
         """{"timing_s/<phase>": seconds} since the last call."""

@@ -19,6 +19,7 @@ from alignment.parallel.topology import topology
 from alignment.ppo.models.placement import is_copy, is_tied, merged, own_slice, split_axis
 from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.weights import WeightFiles
+from alignment.runtime.bootstrap import return_freed_memory
 from alignment.runtime.faults import RunError
 
 NORM_EPSILON = 1e-6  # as in paddle.nn.utils.clip_grad_norm_
@@ -62,7 +63,9 @@ class TrainingEngine:
         total_steps: optimizer steps of the whole run, for the schedule.
         name: for messages, e.g. "actor".
 
-    Attributes: optimizer_home: where ``optimizer_tensors`` are between uses, as Shards.home.
+    Attributes:
+        optimizer_home: where ``optimizer_tensors`` are between uses, as Shards.home.
+        spares_memory: give memory that a step has freed back to the system, which costs some time.
     """
 
     def __init__(self, model: paddle.nn.Layer, settings: OptimizerSettings, total_steps: int, name: str) -> None:
@@ -94,6 +97,7 @@ class TrainingEngine:
             multi_precision=True,
         )
         self.optimizer_home: Home = nullcontext
+        self.spares_memory = False
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -135,6 +139,8 @@ class TrainingEngine:
         if self.optimizer:
             self.optimizer.step()
         self.discard()
+        if self.spares_memory:
+            return_freed_memory()
         self.shards.share_updates()
         self.learning_rate = self.scheduler.get_lr()
         self.scheduler.step()
