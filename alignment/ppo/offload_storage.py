@@ -90,26 +90,42 @@ class PinnedMemory(Storage):
     def keep(self, tensors: Sequence[paddle.Tensor], changed: bool) -> None:
         """As Storage.keep; a frozen parameter travels to the host only once."""
         known = {id(tensor): copy for tensor, copy in self.copies}
-        copies, transfer = [], None
-        for tensor in tensors:
-            is_frozen = isinstance(tensor, EagerParamBase) and tensor.stop_gradient
-            copy = known.get(id(tensor)) if is_frozen or not changed else None
-            if copy is None:
-                copy, transfer = async_offload(tensor.detach(), self.stream)
-            copies.append((tensor, copy))
-        if transfer is not None:  # the last: a stream keeps the order. What computes next may overwrite the memory
-            transfer.cuda_wait()
+        copies, transfers = [], []
+        try:
+            for tensor in tensors:
+                is_frozen = isinstance(tensor, EagerParamBase) and tensor.stop_gradient
+                copy = known.get(id(tensor)) if is_frozen or not changed else None
+                if copy is None:
+                    copy, transfer = async_offload(tensor.detach(), self.stream)
+                    transfers.append(transfer)
+                copies.append((tensor, copy))
+        finally:
+            _await_last(transfers)
         self.copies = copies
 
     def prefetch(self) -> None:
-        self.coming = self.coming or [async_reload(copy, self.stream) for _, copy in self.copies]
+        if self.coming:
+            return
+        coming: list[tuple[paddle.Tensor, Any]] = []
+        try:
+            for _, copy in self.copies:
+                coming.append(async_reload(copy, self.stream))
+        except BaseException:
+            _await_last([transfer for _, transfer in coming])
+            raise
+        self.coming = coming
 
     def fetch(self) -> list[paddle.Tensor]:
         self.prefetch()
         coming, self.coming = self.coming, []
-        if coming:
-            coming[-1][1].cuda_wait()  # the stream of compute waits, this process does not
+        _await_last([transfer for _, transfer in coming])
         return [value for value, _ in coming]
+
+
+def _await_last(transfers: Sequence[Any]) -> None:
+    """Let compute, which would use or overwrite the memory, begin after these; this process goes on."""
+    if transfers:  # a stream keeps the order
+        transfers[-1].cuda_wait()
 
 
 def file_system(folder: Path) -> str:

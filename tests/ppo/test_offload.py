@@ -166,6 +166,7 @@ def test_a_transfer_to_the_device_that_fails(monkeypatch, fail_at):
     with pytest.raises(MemoryError), own.loaded():
         pass
     assert not any(tensor._is_initialized() for tensor in tensors)
+    assert copies.log[3:] == (["reload", "wait"] if fail_at == 4 else [])  # memory under way is not free yet
     copies.fail_at = None
     with own.loaded():
         assert all(tensor._is_initialized() for tensor in tensors)
