@@ -126,10 +126,7 @@ def build_config(settings: dict) -> PPOConfig:
 def build_trainer(settings: dict, clock: Clock, tokenizer: PreTrainedTokenizerBase) -> PPOTrainer:
     """A trainer that takes its prompts from ``clock``."""
     directory, score = settings["directory"], settings["score_directory"]
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
-        for _ in range(2)
-    )
+    policy, reference = (AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32) for _ in range(2))
     unused = Dataset.from_dict({"input_ids": [[0]] * settings["batch"]})  # only its length is asked for
     trainer = PPOTrainer(
         args=build_config(settings),
