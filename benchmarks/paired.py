@@ -53,7 +53,11 @@ class Contender:
         )
         os.close(send)
         self._answers = os.fdopen(receive)
-        self.hello = self._answer()
+        try:
+            self.hello = self._answer()
+        except BaseException:  # also an interrupt while it loads
+            self.close()
+            raise
 
     def ask(self, do: str, **arguments: object) -> dict:
         """Wake it, have it do something, stop it again; returns its answer. Raises: RunError if it ended."""

@@ -53,7 +53,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def _draw_settings(axes, settings: dict) -> None:
-    """A group of bars a setting, on a logarithmic scale for the peers differ by more than ten times."""
+    """A group of bars for each setting."""
     names = ["ours", *dict.fromkeys(peer for setting in settings.values() for peer in setting["peers"])]
     for place, setting in enumerate(settings.values()):
         found = {"ours": setting["ours"], **setting["peers"]}
@@ -67,8 +67,7 @@ def _draw_settings(axes, settings: dict) -> None:
         axes.hlines(limit, place - 0.45, place + 0.45, color=COLOURS["limit"], linestyle="--", label=label)
     labels = [f"{name}\n{one['prompts']} prompts, {_lengths(one)} tokens" for name, one in settings.items()]
     axes.set_xticks(range(len(settings)), labels)
-    axes.set_yscale("log")
-    axes.set_ylim(top=2.5 * max(setting["ours"]["limit_tokens_per_s"] for setting in settings.values()))
+    axes.set_ylim(top=1.25 * max(setting["ours"]["limit_tokens_per_s"] for setting in settings.values()))
     axes.set_ylabel("useful tokens a second")
     axes.legend(fontsize=8, ncol=2, loc="upper center")
 
@@ -87,8 +86,10 @@ def _draw_curve(axes, points: list[dict], key: str, label: str) -> None:
     limits = [point["ours"]["limit_tokens_per_s"] for point in points]
     axes.plot(where, limits, linestyle="--", color=COLOURS["limit"], label="machine's limit")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.4g}")
     axes.set_xticks(where, [str(value) for value in where])
     axes.set_xlabel(label)
     axes.set_ylabel("useful tokens a second")
-    axes.legend(fontsize=8)
+    axes.set_ylim(top=3 * max(limits))  # room for the legend
+    axes.legend(fontsize=8, loc="upper left", ncol=3)
