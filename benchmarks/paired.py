@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alignment.runtime.faults import RunError
+from alignment.runtime.faults import USAGE_STATUS, RunError, UsageError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 OWN_SETTINGS = ("MKL_DEBUG_CPU_TYPE", "MKL_NUM_THREADS", "ALIGNMENT_AUTO_THREADS", "TOKENIZERS_PARALLELISM")
@@ -33,7 +33,8 @@ class Contender:
         arguments: given to the module.
         plain: keep this toolkit's CPU settings out of its environment.
 
-    Attributes: hello: what it said when loaded. Raises: RunError if it ends before it answers.
+    Attributes: hello: what it said when loaded.
+    Raises: RunError if it ends before it answers, UsageError if that was for what it was given.
     """
 
     def __init__(self, name: str, module: str, python: str, arguments: Sequence[str] = (), plain: bool = True) -> None:
@@ -88,6 +89,8 @@ class Contender:
             self._process.wait()
             self._log.seek(0)
             said = self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            if self._process.returncode == USAGE_STATUS:
+                raise UsageError(f"{self.name}: {said[-1].removeprefix('error: ')}")
             raise RunError(f"{self.name}: ended with status {self._process.returncode}: {said[-1]}")
         self._process.send_signal(signal.SIGSTOP)
         return json.loads(line)

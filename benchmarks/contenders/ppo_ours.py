@@ -21,6 +21,7 @@ from alignment.ppo.models.tokenizer import load_tokenizer
 from alignment.ppo.models.value import load_value
 from alignment.ppo.trainer import PPOTrainer
 from alignment.runtime.arguments import parse
+from alignment.runtime.faults import run_main
 from benchmarks.contenders.serving import serve, versions_of
 
 
@@ -80,4 +81,4 @@ def _count_trained(model: Any) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

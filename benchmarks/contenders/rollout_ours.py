@@ -16,6 +16,7 @@ from alignment.ppo.models.tokenizer import load_tokenizer
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.protocol import Draw, RolloutEngine, SamplingParameters
 from alignment.runtime.bootstrap import configure_paddle, thread_count
+from alignment.runtime.faults import run_main
 from benchmarks.contenders.serving import serve, versions_of
 from data import PromptOnlyDataset
 
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -12,8 +12,9 @@ def repeat(text: str) -> dict:
     return {"text": text, "arguments": sys.argv[2:]}
 
 
-def die(words: str) -> dict:
-    sys.exit(words)
+def die(words: str, status: int = 1) -> dict:
+    print(words, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

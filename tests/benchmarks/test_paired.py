@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from alignment.runtime.faults import RunError
+from alignment.runtime.faults import RunError, UsageError
 from benchmarks.paired import Contender, alternate, median_ratio, median_speed
 
 
@@ -64,6 +64,11 @@ def test_contender_answers_and_is_stopped_between_requests(echo):
 def test_contender_that_ends_is_reported_with_its_last_words(echo):
     with pytest.raises(RunError, match="echo: ended with status 1: no memory left"):
         echo.ask("die", words="no memory left")
+
+
+def test_contender_that_refuses_its_input_says_why(echo):
+    with pytest.raises(UsageError, match="^echo: models/x: no such directory$"):
+        echo.ask("die", words="error: models/x: no such directory", status=2)
 
 
 def test_contender_that_cannot_start_is_reported():
