@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 COLOURS = {"ours": "#1f6fb2", "transformers": "#e08a1e", "paddlenlp": "#7a9a3a", "trl": "#e08a1e", "limit": "#666666"}
+BUSY = 0.5  # load average over a minute
 _WIDTH = 110
 
 
@@ -27,10 +28,12 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]
 
 
 def show_machine(machine: dict) -> None:
-    """One line of hardware, one of versions."""
+    """One line of hardware, one of versions, and a notice if the machine did other things."""
     rates = [(name, unit) for name, unit in (("read_gb_per_s", "GB/s read"), ("gemm_gflops_per_s", "GFLOP/s fp32"))]
     shown = [f"{machine[name]:.0f} {unit}" for name, unit in rates if name in machine]
     print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB", *shown, sep=", ")
+    if machine["load_before"] > BUSY:
+        print(f"notice: {machine['load_before']} tasks were running before the start, so the figures say little")
     packages = {"python": machine["python"], **machine["packages"]}
     print(", ".join(f"{name} {version}" for name, version in packages.items()))
 
