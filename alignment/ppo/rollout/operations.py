@@ -81,7 +81,7 @@ def _flash_attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
 
 FUSED = {
     "rms_norm": ("fused_rms_norm", _fused_rms_norm),
-    "swiglu": ("swiglu", lambda x: fused.swiglu(x)),
+    "swiglu": ("swiglu", lambda x: F.swiglu(x)),
     "rotate": ("fused_rotary_position_embedding", _fused_rotate),
     "attend": ("scaled_dot_product_attention", _flash_attend),
 }
