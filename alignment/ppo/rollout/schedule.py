@@ -79,7 +79,7 @@ class Schedule:
         self.state = np.full([slots], FREE)
         self.answer, self.prompt = np.full([slots], -1), np.full([slots], -1)
         self.filled, self.length, self.token = (np.zeros([slots], np.int64) for _ in range(3))
-        self.next_prompt, self.held = 0, np.zeros([0], np.int32)
+        self.next_prompt, self.unbegun, self.held = 0, len(prompts), np.zeros([0], np.int32)
         self.prefilling: deque[int] = deque()
         self.prompt_tokens = sum(len(prompt.tokens) * len(prompt.answers) for prompt in self.prompts)
         self.computed_prompt_tokens = 0
@@ -87,7 +87,7 @@ class Schedule:
     @property
     def is_done(self) -> bool:
         """Whether every answer has been finished."""
-        return self.next_prompt == len(self.prompts) and not (self.state != FREE).any()
+        return not self.unbegun and not (self.state != FREE).any()
 
     def next_pass(self, paused: np.ndarray | None = None) -> Pass:
         """The next pass. Args: paused: bool [slots], slots that draw no token this time."""
@@ -129,11 +129,9 @@ class Schedule:
     def _admit(self) -> list[int]:
         """Fill free slots; returns those whose prompt was computed in an earlier pass."""
         known = []
-        for slot in np.flatnonzero(self.state == FREE):
-            while self.next_prompt < len(self.prompts) and not self.prompts[self.next_prompt].answers:
+        for slot in np.flatnonzero(self.state == FREE)[: self.unbegun]:
+            while not self.prompts[self.next_prompt].answers:
                 self.next_prompt += 1
-            if self.next_prompt == len(self.prompts):
-                break
             number, prompt = self.next_prompt, self.prompts[self.next_prompt]
             if prompt.slot < 0:
                 self._begin(number, slot)
@@ -144,6 +142,7 @@ class Schedule:
             self.references[prompt.table] += 1
             self.state[slot], self.answer[slot], self.prompt[slot] = WAITING, prompt.answers.popleft(), number
             self.filled[slot], self.length[slot] = count, 0
+            self.unbegun -= 1
         return known
 
     def _begin(self, number: int, slot: int) -> None:

@@ -139,21 +139,7 @@ class NativeKernels:
 
     def sample(self, logits: np.ndarray, draws: TokenDraws, sampling: SamplingParameters) -> SampledTokens:
         """See Kernels.sample."""
-        ends = np.asarray(sampling.eos_token_ids, np.int64)
-        how = _Sampling(
-            logits.shape[1], sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty,
-            _address(ends), len(ends),
-        )  # fmt: skip
-        count = len(draws.rows)
-        tokens, described = np.empty([count], np.int64), np.empty([2, count], np.float32)
-        seen = None if draws.seen is None else _address(draws.seen)
-        columns = (draws.rows, draws.slots, draws.uniforms)
-        forbids_end = draws.forbids_end.astype(np.uint8)
-        self.library.sample(
-            ctypes.byref(how), c_void_p(_address(logits)), c_int64(count), *(c_void_p(_address(c)) for c in columns),
-            c_void_p(seen), *(c_void_p(_address(c)) for c in (forbids_end, tokens, *described)), self.threads,
-        )  # fmt: skip
-        return SampledTokens(tokens, *described)
+        return sample_tokens(logits, draws, sampling)
 
     # ---- packing ----------------------------------------------------------------------------------------------------
 
@@ -206,6 +192,25 @@ class NativeKernels:
         self.sum_parts(tensor)
         hidden += tensor.numpy()
         return hidden
+
+
+def sample_tokens(logits: np.ndarray, draws: TokenDraws, sampling: SamplingParameters) -> SampledTokens:
+    """Kernels.sample: logits float32 [rows, V]."""
+    ends = np.asarray(sampling.eos_token_ids, np.int64)
+    how = _Sampling(
+        logits.shape[1], sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty,
+        _address(ends), len(ends),
+    )  # fmt: skip
+    count = len(draws.rows)
+    tokens, described = np.empty([count], np.int64), np.empty([2, count], np.float32)
+    seen = None if draws.seen is None else _address(draws.seen)
+    forbids_end = draws.forbids_end.astype(np.uint8)
+    columns = (draws.rows, draws.slots, draws.uniforms)
+    load_library().sample(
+        ctypes.byref(how), c_void_p(_address(logits)), c_int64(count), *(c_void_p(_address(c)) for c in columns),
+        c_void_p(seen), *(c_void_p(_address(c)) for c in (forbids_end, tokens, *described)), compute_threads(),
+    )  # fmt: skip
+    return SampledTokens(tokens, *described)
 
 
 def _address(array: np.ndarray) -> int:
