@@ -225,7 +225,7 @@ class TestChoice:
         assert not list((tmp_path / "cache").glob("*.so"))
 
     def test_fused_operations_are_used_only_where_they_agree_with_the_plain_ones(self, llama, monkeypatch):
-        wrong = {"swiglu": ("wrong_swiglu", lambda x: x[..., : x.shape[-1] // 2])}
+        wrong = {"swiglu": ("wrong_swiglu", lambda gate, up: gate * up)}
         monkeypatch.setattr("alignment.ppo.rollout.operations.FUSED", wrong)
         operations, used, missing = find_operations("float32")
         assert operations == Operations() and used == []

@@ -20,9 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return (wide * scale).astype(x.dtype) * weight
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """silu(first half) * second half of the last axis (arXiv:2002.05202)."""
-    gate, up = paddle.split(x, 2, axis=-1)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv:2002.05202)."""
     return F.silu(gate) * up
 
 
@@ -56,7 +55,7 @@ class Operations:
     """What PaddleKernels compute with."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    swiglu: Callable[[Tensor], Tensor] = swiglu
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attend
 
@@ -81,7 +80,7 @@ def _flash_attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
 
 FUSED = {
     "rms_norm": ("fused_rms_norm", _fused_rms_norm),
-    "swiglu": ("swiglu", lambda x: F.swiglu(x)),
+    "swiglu": ("swiglu", lambda gate, up: F.swiglu(gate, up)),
     "rotate": ("fused_rotary_position_embedding", _fused_rotate),
     "attend": ("scaled_dot_product_attention", _flash_attend),
 }
@@ -121,7 +120,7 @@ def _examples(dtype: str) -> dict[str, tuple]:
     mask = paddle.arange(7) <= paddle.to_tensor([[4], [5], [6]])
     return {
         "rms_norm": (numbers(5, 256), numbers(256), 1e-5),
-        "swiglu": (numbers(5, 256),),
+        "swiglu": (numbers(5, 256), numbers(5, 256) * 0.5),
         "rotate": (numbers(5, 6, 64), angles.cos(), angles.sin()),
         "attend": (numbers(2, 3, 2, 3, 64), numbers(2, 7, 2, 64), numbers(2, 7, 2, 64), mask.tile([2, 1, 1])),
     }

@@ -1,4 +1,4 @@
-"""Kernels of plain Paddle operations: for any device, and for CPUs without a C++ compiler."""
+"""Kernels of Paddle operations over the model's own weights: for GPUs, and for CPUs without a C++ compiler."""
 
 from __future__ import annotations
 
@@ -28,9 +28,6 @@ class PaddleKernels:
         operations: Operations,
     ) -> None:
         self.decoder, self.sum_parts, self.operations = decoder, sum_parts, operations
-        self.qkv = [paddle.concat(layer.qkv, axis=1) for layer in decoder.layers]
-        self.bias = [paddle.concat(layer.qkv_bias) if layer.qkv_bias else None for layer in decoder.layers]
-        self.gate_up = [paddle.concat(layer.gate_up, axis=1) for layer in decoder.layers]
         self.table = tuple(paddle.to_tensor(part) for part in decoder.rotary(longest))
         cache = [places, decoder.groups, decoder.size]
         self.keys, self.values = (
@@ -55,10 +52,10 @@ class PaddleKernels:
         """See Kernels.attention."""
         d, weights = self.decoder, self.decoder.layers[layer]
         normed = self.operations.rms_norm(hidden, weights.attention_norm, d.epsilon)
-        qkv = paddle.matmul(normed, self.qkv[layer])
-        if self.bias[layer] is not None:
-            qkv = qkv + self.bias[layer]
-        qkv = qkv.reshape([len(hidden), d.heads + 2 * d.groups, d.size])
+        parts = [paddle.matmul(normed, weight) for weight in weights.qkv]
+        if weights.qkv_bias:
+            parts = [part + bias for part, bias in zip(parts, weights.qkv_bias, strict=True)]
+        qkv = paddle.concat(parts, axis=1).reshape([len(hidden), d.heads + 2 * d.groups, d.size])
         rotated = self.operations.rotate(qkv[:, : d.heads + d.groups], *self.rotary)
         self.keys[layer][self.places] = rotated[:, d.heads :]
         self.values[layer][self.places] = qkv[:, d.heads + d.groups :]
@@ -72,7 +69,7 @@ class PaddleKernels:
         """See Kernels.mlp."""
         weights: DecoderLayer = self.decoder.layers[layer]
         normed = self.operations.rms_norm(hidden, weights.mlp_norm, self.decoder.epsilon)
-        inner = self.operations.swiglu(paddle.matmul(normed, self.gate_up[layer]))
+        inner = self.operations.swiglu(*(paddle.matmul(normed, weight) for weight in weights.gate_up))
         return self._add(hidden, paddle.matmul(inner, weights.down))
 
     def logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
