@@ -39,5 +39,5 @@ def _choose_kernels(dtype: str):
     operations, used, missing = find_operations(dtype)
     description = f"Paddle's {', '.join(used) or 'plain operations'}"
     if missing:
-        description += f"; plain operations in place of {', '.join(missing)}"
+        description += f"; without {', '.join(missing)}"
     return partial(PaddleKernels, operations=operations), description

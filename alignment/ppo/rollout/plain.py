@@ -10,7 +10,7 @@ import paddle
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
 from alignment.ppo.rollout.decoder import Decoder, DecoderLayer
 from alignment.ppo.rollout.kernels import SampledTokens, TokenDraws
-from alignment.ppo.rollout.operations import Operations
+from alignment.ppo.rollout.operations import Operations, Texts
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.ppo.rollout.sampling import choose_tokens, sampling_logits
 
@@ -40,8 +40,8 @@ class PaddleKernels:
         self.rotary = [part[paddle.to_tensor(positions)].unsqueeze(1) for part in self.table]
         starts = np.flatnonzero(np.diff(slots, prepend=-1))
         counts = np.diff(starts, append=len(slots))
-        self.singles = _Texts(starts[counts == 1], 1, positions, slots, tables)
-        self.pieces = [_Texts([start], count, positions, slots, tables) for start, count in
+        self.singles = Texts(starts[counts == 1], 1, positions, slots, tables)
+        self.pieces = [Texts([start], count, positions, slots, tables) for start, count in
                        zip(starts[counts > 1], counts[counts > 1], strict=True)]  # fmt: skip
 
     def embed(self, tokens: np.ndarray) -> paddle.Tensor:
@@ -59,11 +59,12 @@ class PaddleKernels:
         rotated = self.operations.rotate(qkv[:, : d.heads + d.groups], *self.rotary)
         self.keys[layer][self.places] = rotated[:, d.heads :]
         self.values[layer][self.places] = qkv[:, d.heads + d.groups :]
-        mixed = paddle.empty([len(hidden), d.heads * d.size], dtype=hidden.dtype)
+        mixed = paddle.empty([len(hidden), d.heads, d.size], dtype=hidden.dtype)
         for texts in [self.singles, *self.pieces]:
             if len(texts.rows):
-                mixed[texts.rows] = self._attend(texts, rotated[:, : d.heads], layer)
-        return self._add(hidden, paddle.matmul(mixed, weights.output))
+                query = paddle.gather(rotated[:, : d.heads], texts.rows)
+                mixed[texts.rows] = self.operations.attend(query, self.keys[layer], self.values[layer], texts)
+        return self._add(hidden, paddle.matmul(mixed.flatten(1), weights.output))
 
     def mlp(self, layer: int, hidden: paddle.Tensor) -> paddle.Tensor:
         """See Kernels.mlp."""
@@ -100,37 +101,7 @@ class PaddleKernels:
         """See Kernels.to_tensor."""
         return array
 
-    def _attend(self, texts: _Texts, query: paddle.Tensor, layer: int) -> paddle.Tensor:
-        """[n * rows a text, heads * size]: every row attends to its own and all earlier positions."""
-        d, count = self.decoder, texts.count
-        query = paddle.gather(query, texts.rows).reshape([-1, count, d.groups, d.heads // d.groups, d.size])
-        length = texts.places.shape[1]
-        keys, values = (
-            paddle.gather(cache[layer], texts.places.flatten()).reshape([-1, length, d.groups, d.size])
-            for cache in (self.keys, self.values)
-        )
-        mixed = self.operations.attend(query, keys, values, texts.mask)
-        return mixed.reshape([-1, d.heads * d.size])
-
     def _add(self, hidden: paddle.Tensor, part: paddle.Tensor) -> paddle.Tensor:
         if self.sum_parts is not None:
             self.sum_parts(part)
         return hidden + part
-
-
-class _Texts:
-    """Texts of which a pass computes ``count`` consecutive tokens each.
-
-    rows: int64 [n * count], in the pass. places: int64 [n, longest], in the cache. mask: bool [n, count, longest],
-    True where a token may look.
-    """
-
-    def __init__(self, starts: np.ndarray, count: int, positions: np.ndarray, slots: np.ndarray, tables: np.ndarray):
-        self.count = int(count)
-        rows = np.asarray(starts, np.int64)[:, None] + np.arange(self.count)
-        self.rows = paddle.to_tensor(rows.flatten())
-        if not rows.size:
-            return
-        longest = int(positions[rows].max()) + 1
-        self.places = paddle.to_tensor(tables[slots[rows[:, 0]], :longest], dtype="int64")
-        self.mask = paddle.to_tensor(np.arange(longest) <= positions[rows][:, :, None])
