@@ -13,8 +13,8 @@ import paddle
 
 from alignment.ppo.models.loading import load_policy, resolve_model_directory
 from alignment.ppo.models.tokenizer import load_tokenizer
-from alignment.ppo.rollout.eager import EagerRolloutEngine
-from alignment.ppo.rollout.protocol import Draw, RolloutEngine, SamplingParameters
+from alignment.ppo.rollout.choose import build_engine
+from alignment.ppo.rollout.protocol import Draw, SamplingParameters
 from alignment.runtime.bootstrap import configure_paddle, thread_count
 from alignment.runtime.faults import run_main
 from benchmarks.contenders.serving import serve, versions_of
@@ -24,22 +24,13 @@ PROMPTS = "hh-excerpt/train"
 SEED = 0
 
 
-def build_engine(name: str, model: paddle.nn.Layer, batch_size: int) -> RolloutEngine:
-    """The rollout engine called ``name``, which decodes at most ``batch_size`` rows together."""
-    if name == "fused":
-        from alignment.ppo.rollout.fused import FusedRolloutEngine
-
-        return FusedRolloutEngine(model, batch_size)
-    return EagerRolloutEngine(model, batch_size)
-
-
 class Ours:
     """Answers by a rollout engine; every answer's randomness follows from run number and place in the list."""
 
     def __init__(self, engine: str, model_name: str, batch_size: int) -> None:
         self.model = load_policy(model_name)
         self.tokenizer = load_tokenizer(model_name)
-        self.engine = build_engine(engine, self.model, batch_size)
+        self.engine = build_engine(self.model, batch_size, use_fusemt=engine == "fused")
 
     def prompts(self, count: int) -> dict:
         """The first ``count`` HH prompts in the model's chat template, as token ids."""
