@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.runtime.argument_fields import argument
 from alignment.runtime.faults import UsageError
-from alignment.training.arguments import SCHEDULES, DataArguments, StageArguments, refuse_unbuilt
+from alignment.training.arguments import SCHEDULES, DataArguments, StageArguments
 
 EVAL_MODES = ("single", "tensor_parallel")
 OFFLOAD_LEVELS = ("freeze_model", "optimizer", "train_model")
@@ -90,7 +90,26 @@ class TrainingArguments(StageArguments):
         group="Rollout",
         gt=0,
     )
-    use_fusemt: bool = argument(False, "Fused rollout engine; not available yet.", group="Rollout")
+    stop_strings: list[str] | None = argument(
+        None, "Texts that end an answer, beside the model's end tokens; they stay in it.", group="Rollout"
+    )
+    use_fusemt: bool = argument(
+        True, "Fused rollout engine; false: PaddleNLP's own forward pass, several times slower.", group="Rollout"
+    )
+    rollout_batch_size: int = argument(64, "Answers that a device decodes at a time.", group="Rollout", ge=1)
+    rollout_oversampling: float = argument(
+        1.0,
+        "Draw this many times num_return_sequences answers a prompt and keep the shortest: the longest tail is never "
+        "drawn, and long answers are learnt from less often.",
+        group="Rollout",
+        ge=1,
+    )
+    rollout_token_budget: int | None = argument(
+        None,
+        "Most answer tokens per iteration, the same for every prompt; the longest answers to a prompt are cut to fit.",
+        group="Rollout",
+        ge=1,
+    )
     eval_mode: str | None = argument(
         None,
         "Layout of the policy that samples: null the training layout, tensor_parallel all layers on every process "
@@ -126,12 +145,12 @@ class TrainingArguments(StageArguments):
     def validate(values: dict[str, Any]) -> None:
         """See StageArguments.validate."""
         StageArguments.validate(values)
-        refuse_unbuilt(values, {"use_fusemt": (False,)})
         _settle_offload(values)
         values["eval_mode"] = values["eval_mode"] or None
         _settle_lengths(values)
         _validate_batches(values)
         _validate_rewards(values)
+        _validate_rollout(values)
         if values["kl_controller"] == "adaptive" and values["kl_target"] is None:
             raise UsageError('"kl_controller": "adaptive" needs "kl_target"')
         if values["ptx_coeff"] > 0 and not values["ptx_datasets"]:
@@ -169,6 +188,21 @@ def _validate_batches(values: dict[str, Any]) -> None:
         raise UsageError(
             f'"per_device_train_batch_size" * "gradient_accumulation_steps" = {minibatch} must divide '
             f'"per_device_prompt_batch_size" * "num_return_sequences" = {answers}'
+        )
+
+
+def _validate_rollout(values: dict[str, Any]) -> None:
+    if "" in (values["stop_strings"] or ()):
+        raise UsageError('"stop_strings": "" would end every answer at once')
+    budget, slots = values["rollout_token_budget"], values["rollout_batch_size"]
+    if budget is None:
+        return
+    if values["rollout_oversampling"] > 1:
+        raise UsageError('"rollout_token_budget": give it or "rollout_oversampling", not both')
+    if values["num_return_sequences"] > slots:
+        raise UsageError(
+            f'"rollout_token_budget" needs "rollout_batch_size", {slots}, of at least "num_return_sequences", '
+            f'{values["num_return_sequences"]}: answers to a prompt wait for each other'
         )
 
 

@@ -141,4 +141,5 @@ def _sampling(args: Any, models: Models) -> SamplingParameters:
         top_k=args.top_k,
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
+        stop_strings=tuple(args.stop_strings or ()),
     )

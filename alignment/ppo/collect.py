@@ -1,8 +1,9 @@
 """Collecting experience: the policy answers, the other three models and the reward sources judge."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,7 @@ from alignment.ppo.experience import Experience, merge
 from alignment.ppo.models.policy import Packed, before_targets, pack_responses, response_log_probs
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
+from alignment.ppo.rollout.balance import ExpectedLengths, share_out
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from alignment.runtime.timing import PhaseTimer
 from alignment.training.batches import deal, own_micro_batches
@@ -26,11 +28,13 @@ class Collected:
     """The experience of all processes, in one order, with what only people and metrics want to know.
 
     answers: N decoded answers; components: {"rewards/<source>": float32 [N]}, unweighted.
+    statistics: metrics of the rollout that the experience does not tell.
     """
 
     experience: Experience
     answers: list[str]
     components: dict[str, np.ndarray]
+    statistics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Collector:
     tokenizer: object
     batch_size: int
     timer: PhaseTimer
+    expected: ExpectedLengths = field(default_factory=ExpectedLengths)
 
     def collect(
         self,
@@ -66,7 +71,7 @@ class Collector:
         sampling: SamplingParameters,
         trust_engine: bool = True,
     ) -> Collected:
-        """Answer each prompt ``samples_per_prompt`` times and measure everything on the answers.
+        """Answer each prompt ``samples_per_prompt`` times, keep those that ``sampling.keep`` says, measure everything.
 
         Args:
             prompts: items of a PromptOnlyDataset, the same global list on every process.
@@ -94,19 +99,40 @@ class Collector:
         self, prompts: Sequence[dict], samples_per_prompt: int, seed: int, iteration: int, sampling: SamplingParameters
     ) -> Collected:
         """All answers with their rewards; log-probabilities of the reference and values are still 0."""
-        asked = [(item, k) for item in prompts for k in range(samples_per_prompt)]
         with self.timer("reshard"):
             self.sampler.refresh()
         with self.timer("rollout"):
-            own = deal(range(len(asked)), lambda row: len(asked[row][0]["input_ids"]), *self.sampler.part)
-            draws = [Draw(seed, iteration, int(asked[row][0]["prompt_id"]), asked[row][1]) for row in own]
-            rollout = self.sampler.answer([asked[row][0]["input_ids"] for row in own], draws, sampling)
-            parts = self.sampler.gather(_join(own, [asked[row][0] for row in own], rollout))
+            asked = self._own(prompts, samples_per_prompt, sampling)
+            draws = [Draw(seed, iteration, int(prompts[i]["prompt_id"]), k) for i, k in asked]
+            rollout = self.sampler.answer([prompts[i]["input_ids"] for i, _ in asked], draws, sampling)
+            kept = sampling.keep or samples_per_prompt
+            numbered = _number(asked, rollout.kept, renumber=sampling.keep is not None)
+            rows = [prompt * kept + number for prompt, number in numbered]
+            own = _join([prompts[asked[i][0]] for i in np.flatnonzero(rollout.kept)], rows, rollout)
+            parts, drawn = zip(*self.sampler.gather((own, rollout.drawn_tokens)), strict=True)
         experience = merge(parts)
+        self.expected.update(experience.prompt_id, experience.lengths)
         with self.timer("score"):
             answers = [self._decode(experience, row) for row in range(len(experience))]
-            components = self._reward([item for item, _ in asked], answers, experience)
-        return Collected(experience, answers, components)
+            components = self._reward([prompts[row // kept] for row in experience.row], answers, experience)
+        statistics = {"rollout/drawn_tokens": float(sum(drawn)), "rollout/tokens": float(experience.lengths.sum())}
+        return Collected(experience, answers, components, statistics)
+
+    def _own(
+        self, prompts: Sequence[dict], samples_per_prompt: int, sampling: SamplingParameters
+    ) -> list[tuple[int, int]]:
+        """(prompt, sample) of the answers that this process draws: all of a prompt, which is then read once.
+
+        Fewer prompts than processes are divided by samples, unless answers to a prompt must be compared.
+        """
+        index, count = self.sampler.part
+        costs = [
+            len(item["input_ids"]) + samples_per_prompt * self.expected.of(int(item["prompt_id"])) for item in prompts
+        ]
+        if len(prompts) >= count or sampling.keep is not None or sampling.token_budget is not None:
+            return [(i, k) for i in share_out(costs, index, count) for k in range(samples_per_prompt)]
+        rows = [(i, k) for i in range(len(prompts)) for k in range(samples_per_prompt)]
+        return [rows[row] for row in share_out([costs[i] for i, _ in rows], index, count)]
 
     def _decode(self, experience: Experience, row: int) -> str:
         ids = experience.response_ids[row][experience.response_mask[row]].tolist()
@@ -192,24 +218,36 @@ def response_values(
     return paddle.scatter_nd(paddle.nonzero(response_mask), values, response_mask.shape)
 
 
-def _join(rows: list[int], items: list[dict], rollout: Rollout) -> Experience:
+def _number(asked: list[tuple[int, int]], kept: np.ndarray, renumber: bool) -> Iterator[tuple[int, int]]:
+    """(prompt, number among its answers) of the kept ones, closing the gaps if ``renumber``."""
+    seen: Counter[int] = Counter()
+    for i in np.flatnonzero(kept):
+        prompt, sample = asked[i]
+        yield prompt, seen[prompt] if renumber else sample
+        seen[prompt] += 1
+
+
+def _join(items: list[dict], rows: list[int], rollout: Rollout) -> Experience:
+    """The kept answers of a rollout; items: their prompts, rows: their places in the global batch."""
+    chosen = np.flatnonzero(rollout.kept)
     width = max((len(item["input_ids"]) for item in items), default=1)
     prompt_ids = np.zeros([len(items), width], dtype=np.int64)
     prompt_mask = np.zeros([len(items), width], dtype=bool)
     for i, item in enumerate(items):
         prompt_ids[i, width - len(item["input_ids"]) :] = item["input_ids"]
         prompt_mask[i, width - len(item["input_ids"]) :] = True
+    mask = rollout.response_mask[chosen]
     return Experience(
         row=np.asarray(rows, dtype=np.int64),
         prompt_id=np.asarray([item["prompt_id"] for item in items], dtype=np.int64),
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        response_ids=np.where(rollout.response_mask, rollout.response_ids, 0),  # the padding that merge adds
-        response_mask=rollout.response_mask,
-        finished=rollout.finished,
-        log_probs=rollout.log_probs,
-        entropy=rollout.entropy,
-        ref_log_probs=np.zeros_like(rollout.log_probs),
-        values=np.zeros_like(rollout.log_probs),
+        response_ids=np.where(mask, rollout.response_ids[chosen], 0),  # the padding that merge adds
+        response_mask=mask,
+        finished=rollout.finished[chosen],
+        log_probs=rollout.log_probs[chosen],
+        entropy=rollout.entropy[chosen],
+        ref_log_probs=np.zeros(mask.shape, np.float32),
+        values=np.zeros(mask.shape, np.float32),
         scores=np.zeros(len(items), dtype=np.float32),
     )

@@ -21,7 +21,8 @@ from alignment.parallel.gloo import meet
 from alignment.parallel.topology import topology
 from alignment.ppo.models.loading import build_policy
 from alignment.ppo.models.placement import Placement, is_copy, merged, split_axis
-from alignment.ppo.rollout.eager import EagerRolloutEngine
+from alignment.ppo.rollout.answers import Decode
+from alignment.ppo.rollout.choose import build_engine
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from alignment.runtime.bootstrap import return_freed_memory
 from alignment.training.engine import TrainingEngine
@@ -33,14 +34,22 @@ class Sampler:
     Args:
         actor: the policy that is trained; its weights are what ``refresh`` copies.
         eval_mode: as the argument of that name.
-        batch_size: rows decoded together.
+        batch_size: answers decoded at a time.
+        use_fusemt: as the argument of that name.
+        decode: text of token ids, for stop strings.
         drops_copy: where sampling needs a copy of the weights, give its memory back after each use.
 
     Attributes: engine: a RolloutEngine; part: (index, count) of the prompts that this process answers.
     """
 
     def __init__(
-        self, actor: TrainingEngine, eval_mode: str | None, batch_size: int, drops_copy: bool = False
+        self,
+        actor: TrainingEngine,
+        eval_mode: str | None,
+        batch_size: int,
+        use_fusemt: bool = True,
+        decode: Decode | None = None,
+        drops_copy: bool = False,
     ) -> None:
         self.actor, place = actor, topology()
         layout, model = place.layout, actor.model
@@ -66,7 +75,7 @@ class Sampler:
         elif model.placement.sequence_parallel:
             trained, model = model, build_policy(deepcopy(model.config), model.config.dtype, False, wanted)
             _share_parameters(trained, model)
-        self.engine = EagerRolloutEngine(model, batch_size)
+        self.engine = build_engine(model, batch_size, use_fusemt, decode)
 
     def refresh(self) -> None:
         """Bring the policy's current weights, one parameter at a time, to where they are sampled from."""

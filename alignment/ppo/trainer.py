@@ -6,7 +6,8 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import WeightedRewards
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.runtime.console import show_samples
-from alignment.runtime.faults import RunError
+from alignment.runtime.faults import RunError, UsageError
 from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import peak_memory_gb
 from alignment.training.batches import BatchSchedule
@@ -83,6 +84,11 @@ class PPOTrainer:
         batch_size = args.per_device_prompt_batch_size * topology().data_size
         self.schedule = BatchSchedule(len(prompts), batch_size, args.data_seed, args.dataloader_drop_last)
         answers = batch_size * args.num_return_sequences
+        if args.rollout_token_budget is not None and args.rollout_token_budget < answers:
+            raise UsageError(
+                f'"rollout_token_budget": {args.rollout_token_budget} is less than a token for each of an '
+                f"iteration's {answers} answers"
+            )
         self.total_steps = (
             math.ceil(args.total_episodes / answers)
             if args.total_episodes
@@ -103,7 +109,12 @@ class PPOTrainer:
         self.timer = offload.timer
         self.collector = Collector(
             sampler=Sampler(
-                actor, args.eval_mode, args.per_device_eval_batch_size, drops_copy="train_model" in offload.levels
+                actor,
+                args.eval_mode,
+                args.rollout_batch_size,
+                args.use_fusemt,
+                partial(models.tokenizer.decode, skip_special_tokens=False),
+                drops_copy="train_model" in offload.levels,
             ),
             actor=actor.pipeline,
             reference=models.reference,
@@ -150,6 +161,7 @@ class PPOTrainer:
             "epoch": iteration / self.schedule.steps_per_epoch,
             **{name: float(values.mean()) for name, values in collected.components.items()},
             **metrics,
+            **collected.statistics,
             **timings,
             "perf/rollout_tokens_per_s": float(experience.lengths.sum()) / timings["timing_s/rollout"],
             "perf/iteration_s": time.perf_counter() - started,
@@ -158,10 +170,16 @@ class PPOTrainer:
 
     def rollout(self, iteration: int) -> Collected:
         """Answers of the current policy to this iteration's prompts, judged by the other models."""
+        args = self.args
         prompts = [self.prompts[int(index)] for index in self.schedule(iteration - 1)]
-        return self.collector.collect(
-            prompts, self.args.num_return_sequences, self.args.seed, iteration, self.sampling, self._is_float32()
+        drawn = math.ceil(args.num_return_sequences * args.rollout_oversampling)
+        budget = args.rollout_token_budget
+        sampling = replace(
+            self.sampling,
+            keep=args.num_return_sequences if drawn > args.num_return_sequences else None,
+            token_budget=budget and budget // len(prompts),
         )
+        return self.collector.collect(prompts, drawn, args.seed, iteration, sampling, self._is_float32())
 
     def evaluate(self) -> tuple[dict[str, float], list[dict]]:
         """Metrics on the held-out prompts and, one a prompt, the rows of samples.jsonl (without their step)."""

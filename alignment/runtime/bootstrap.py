@@ -45,6 +45,11 @@ def thread_count() -> int:
     return max(1, min(cores, _container_cores()) // max(1, local_processes))
 
 
+def compute_threads() -> int:
+    """Threads of the computing kernels: ``MKL_NUM_THREADS`` where it is set, else ``thread_count``."""
+    return int(os.environ.get("MKL_NUM_THREADS") or thread_count())
+
+
 def _container_cores() -> int:
     """Whole cores that the container's CPU quota allows (cgroup v2, then v1); a huge number without a quota."""
     try:
@@ -98,7 +103,7 @@ def configure_paddle(device: str = "auto", debug: bool = False) -> str:
         name = paddle.get_device()
     else:
         paddle.set_device("cpu")
-        paddle.base.core.set_num_threads(int(os.environ.get("MKL_NUM_THREADS") or thread_count()))
+        paddle.base.core.set_num_threads(compute_threads())
         # Transposed views are copied element by element when a CPU kernel reads them; transposing at once is faster.
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
         _keep_freed_memory()

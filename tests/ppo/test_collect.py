@@ -284,7 +284,7 @@ def test_dropout_is_off_in_every_pass(collector, models, critic):
     collector.collect(make_prompts(), 1, 1, 0, SAMPLING, trust_engine=False)
     for hook in hooks:
         hook.remove()
-    assert len(modes) > 3 * len(layers) and not any(modes)
+    assert len(modes) >= len(layers) and not any(modes)
 
 
 def test_no_gradient_is_kept_and_phases_are_timed(collector, critic):

@@ -182,6 +182,11 @@ class TestFilters:
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
+def shaped(logits: paddle.Tensor, seen: paddle.Tensor | None, position: int, sampling) -> paddle.Tensor:
+    """The distribution of the token at one position of every row's answer."""
+    return sampling_logits(logits, seen, paddle.full([len(logits)], position + 1 < sampling.min_new_tokens), sampling)
+
+
 class TestSamplingLogits:
     @pytest.mark.parametrize("minimum", [1, 2, 4])
     def test_no_end_before_min_new_tokens(self, minimum):
@@ -191,7 +196,7 @@ class TestSamplingLogits:
             expected = logits.copy()
             if position < minimum - 1:
                 expected[:, [2, 5]] = -np.inf
-            actual = sampling_logits(f32(logits), None, position, sampling).numpy()
+            actual = shaped(f32(logits), None, position, sampling).numpy()
             np.testing.assert_array_equal(actual, expected)
 
     def test_steps_come_in_the_order_of_transformers(self):
@@ -201,7 +206,7 @@ class TestSamplingLogits:
         sampling = make_sampling(min_new_tokens=4, temperature=0.5, top_k=4, top_p=0.95, repetition_penalty=2.0)
         # penalised [-2, 1, 9, 1.9, 0.2, 8, 1.5]; without EOS [-2, 1, -, 1.9, 0.2, -, 1.5]; halved temperature
         # [-4, 2, -, 3.8, 0.4, -, 3]; top 4 {1, 3, 4, 6} with masses .098, .593, .020, .266; top .95 without token 4
-        actual = sampling_logits(f32(logits), paddle.to_tensor(seen), 0, sampling).numpy()
+        actual = shaped(f32(logits), paddle.to_tensor(seen), 0, sampling).numpy()
         expected = np.full([1, 7], -np.inf)
         expected[0, [1, 3, 6]] = [2.0, 3.8, 3.0]
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
@@ -209,7 +214,7 @@ class TestSamplingLogits:
     def test_greedy_keeps_penalty_and_minimum(self):
         logits, seen = f32([[3.0, 2.0, 9.0]]), paddle.to_tensor([[True, False, False]])
         sampling = make_sampling(eos_token_ids=(2,), min_new_tokens=2, repetition_penalty=2.0, temperature=0.0)
-        np.testing.assert_array_equal(sampling_logits(logits, seen, 0, sampling).numpy(), [[1.5, 2.0, -math.inf]])
+        np.testing.assert_array_equal(shaped(logits, seen, 0, sampling).numpy(), [[1.5, 2.0, -math.inf]])
 
     @quick
     @given(
@@ -228,7 +233,7 @@ class TestSamplingLogits:
         seen = paddle.ones(logits.shape, dtype="bool") if sampling.repetition_penalty != 1.0 else None
         plain = logits / np.float32(sampling.temperature)
         same = [
-            np.array_equal(sampling_logits(f32(logits), seen, position, sampling).numpy(), plain)
+            np.array_equal(shaped(f32(logits), seen, position, sampling).numpy(), plain)
             for position in range(4)
         ]
         assert all(same) == (not sampling.is_truncated)

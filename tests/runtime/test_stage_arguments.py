@@ -138,7 +138,16 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
         (["--evaluation_strategy=steps", "--eval_datasets=y"], '"evaluation_strategy": "steps" needs "eval_steps"'),
         (["--eval_datasets=y", "--eval_split_ratio=0.1"], '"eval_split_ratio": give it or "eval_datasets"'),
         (["--fp16"], '"fp16": true is not available yet; what works today is false'),
-        (["--use_fusemt=true"], '"use_fusemt": true is not available yet; what works today is false'),
+        (["--stop_strings", "Human:", ""], '"stop_strings": "" would end every answer at once'),
+        (
+            ["--rollout_token_budget=99", "--rollout_oversampling=2"],
+            '"rollout_token_budget": give it or "rollout_oversampling", not both',
+        ),
+        (
+            ["--rollout_token_budget=99", "--rollout_batch_size=1", "--num_return_sequences=2"],
+            '"rollout_token_budget" needs "rollout_batch_size", 1, of at least "num_return_sequences", 2: answers '
+            "to a prompt wait for each other",
+        ),
         (
             ["--offload_level=optimizer model"],
             '"offload_level": "optimizer model" is not allowed; it must be "" or some of freeze_model, optimizer, tr',

@@ -59,9 +59,10 @@ class Sizes:
     )
     per_device_train_batch_size: int = argument(8, "Rows of a micro-batch.", group=_BATCH, ge=1)
     gradient_accumulation_steps: int = argument(1, "Micro-batches of an optimizer step.", group=_BATCH, ge=1)
-    per_device_eval_batch_size: int = argument(8, "Rows sampled, scored or evaluated at once.", group=_BATCH, ge=1)
+    per_device_eval_batch_size: int = argument(8, "Rows scored or evaluated at once.", group=_BATCH, ge=1)
     per_device_prompt_batch_size: int = argument(16, "ppo: prompts of an iteration.", group=_BATCH, ge=1)
     num_return_sequences: int = argument(1, "ppo: answers per prompt.", group=_BATCH, ge=1, aliases=("rollout_n",))
+    rollout_batch_size: int = argument(64, "ppo: answers decoded at a time.", group=_BATCH, ge=1)
     evaluation_strategy: str = argument("no", "sft, rm: when to evaluate.", group=_BATCH, choices=EVALUATION)
     ptx_coeff: float = argument(0.0, "ppo: above 0, texts are learnt too.", group=_BATCH, ge=0)
 

@@ -88,25 +88,26 @@ def _elsewhere(setting: Setting, model: Model, stage: int) -> float:
 
 
 def _rollout(setting: Setting, stage: int) -> Iterator[Moment]:
-    """Sampling: the copy is filled; one layer at work on the prompts; the last token.
+    """Sampling: the copy is filled; later the fused engine decodes with all slots taken by the longest texts.
 
-    The eager engine makes a new cache for every token while it still has the old one. One layer's keys and values are
-    repeated to all heads, and that copied again to be transposed.
+    One layer's keys and values are gathered for the rows, and again transposed. (On a CPU the engine gathers nothing,
+    but packs the weights once more.)
     """
     actor, layout, width = setting.models[0], setting.rollout_layout, setting.precision
-    rows, prompt = setting.sizes.per_device_eval_batch_size, setting.prompt_length
+    sizes, shape = setting.sizes, actor.shape
+    rows = min(sizes.rollout_batch_size, sizes.per_device_prompt_batch_size * sizes.num_return_sequences)
     brought = _elsewhere(setting, actor, stage)
     gathered = {"gathered": 0.0 if setting.has_copy else brought}
     stage = 0 if setting.has_copy else stage
-    each = 2 * rows * width.activation / layout.tensor  # keys and values of one layer: bytes per token and width
-    cache = len(actor.layers(layout, stage)) * each * actor.shape.key_value_size
-    longest = prompt + setting.answer_length
-    logits = rows * actor.shape.vocab_size * _logit_bytes(setting) * (stage == layout.pipeline - 1)
-    repeated = 2 * each * longest * actor.shape.hidden_size
-    working = Activations(actor.shape, layout, width, rows, prompt).forward
+    longest = setting.prompt_length + setting.answer_length
+    layers = len(actor.layers(layout, stage))
+    each = 2 * shape.key_value_size * width.activation / layout.tensor  # keys and values of a token in one layer
     yield {"gathered": brought}
-    yield gathered | {"cache": cache * prompt, "activations": working}
-    yield gathered | {"cache": 2 * cache * longest, "activations": repeated, "logits": logits}
+    yield gathered | {
+        "cache": layers * each * (rows * longest + setting.prompt_length),
+        "activations": 2 * each * rows * longest,
+        "logits": rows * shape.vocab_size * _logit_bytes(setting) * (stage == layout.pipeline - 1),
+    }
 
 
 def _judge(setting: Setting, stage: int) -> Iterator[Moment]:

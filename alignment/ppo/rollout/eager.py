@@ -15,6 +15,8 @@ from alignment.parallel.topology import topology
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
 from alignment.ppo.models.policy import language_model_head, position_ids_of, trunk
 from alignment.ppo.models.vocabulary import split_entropy, split_log_probs
+from alignment.ppo.rollout.answers import Answers, Decode
+from alignment.ppo.rollout.kernels import SampledTokens
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
 from alignment.ppo.rollout.sampling import choose_tokens, sampling_logits
 
@@ -26,11 +28,11 @@ class EagerRolloutEngine:
         model: a PaddleNLP causal language model (Llama or Qwen2 family), or this process's part of one, whose other
             processes then answer the same prompts; its current weights are used at each call.
         batch_size: rows decoded together.
+        decode: text of token ids, for stop strings.
     """
 
-    def __init__(self, model: paddle.nn.Layer, batch_size: int) -> None:
-        self.model = model
-        self.batch_size = batch_size
+    def __init__(self, model: paddle.nn.Layer, batch_size: int, decode: Decode | None = None) -> None:
+        self.model, self.batch_size, self.decode = model, batch_size, decode
         group = "model" if model.placement.stages > 1 else "tensor"
         self.group = topology().group(group) if model.placement.is_divided else None
         self.divides_vocabulary = model.placement.is_last and model.lm_head.weight.is_distributed
@@ -41,51 +43,46 @@ class EagerRolloutEngine:
     ) -> Rollout:
         """Answer every prompt; see ``RolloutEngine.generate``."""
         self.model.eval()
-        # Rows of like length decode together, so that little of a batch is padding; results go back in order.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        parts: list[tuple[list[int], dict[str, np.ndarray]]] = []
+        answers = Answers(draws, sampling, self.decode)
+        # Rows of like length decode together, so that little of a batch is padding.
+        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
         for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            parts.append((rows, self._decode([prompts[i] for i in rows], [draws[i] for i in rows], sampling)))
-        return _in_order(parts, len(prompts), sampling.pad_token_id)
+            self._decode(order[start : start + self.batch_size], prompts, draws, sampling, answers)
+        rollout = answers.rollout()
+        return rollout if self.group is None else from_head(rollout, self.group)
 
     def _decode(
-        self, prompts: list[np.ndarray], draws: list[Draw], sampling: SamplingParameters
-    ) -> dict[str, np.ndarray]:
-        input_ids, attention_mask = _pad_left(prompts, sampling.pad_token_id)
-        uniform = paddle.to_tensor(np.stack([uniforms(draw, sampling.max_new_tokens) for draw in draws]))
+        self,
+        rows: np.ndarray,
+        prompts: Sequence[np.ndarray],
+        draws: Sequence[Draw],
+        sampling: SamplingParameters,
+        answers: Answers,
+    ) -> None:
+        input_ids, attention_mask = _pad_left([prompts[row] for row in rows], sampling.pad_token_id)
+        uniform = paddle.to_tensor(np.stack([uniforms(draws[row], sampling.max_new_tokens) for row in rows]))
         seen = self._tokens_in(input_ids, attention_mask) if sampling.repetition_penalty != 1.0 else None
-        eos = paddle.to_tensor(sampling.eos_token_ids, dtype="int64")
         position_ids = position_ids_of(attention_mask)
-        cache, finished = None, paddle.zeros([len(prompts)], dtype="bool")
-        steps: list[tuple[paddle.Tensor, ...]] = []
+        cache, open_rows = None, np.arange(len(rows))
         for position in range(sampling.max_new_tokens):
             logits, cache = self._next_logits(input_ids, attention_mask, position_ids, cache)
-            tokens = paddle.empty([len(prompts)], dtype="int64")
+            tokens = paddle.zeros([len(rows)], dtype="int64")
             if logits is not None:
                 whole = concat_over_tensor_group(logits) if self.divides_vocabulary else logits
-                shaped = sampling_logits(whole, seen, position, sampling)
+                forbids_end = paddle.full([len(rows)], position + 1 < sampling.min_new_tokens, dtype="bool")
+                shaped = sampling_logits(whole, seen, forbids_end, sampling)
                 tokens = choose_tokens(shaped, uniform[:, position], sampling.temperature == 0)
             self._agree(tokens)
-            tokens = paddle.where(finished, paddle.full_like(tokens, sampling.pad_token_id), tokens)
-            steps.append((tokens, ~finished, *self._describe(logits, tokens, sampling.temperature or 1.0)))
-            finished = finished | (tokens.unsqueeze(-1) == eos).any(-1)
-            if bool(finished.all()):
+            drawn = SampledTokens(tokens, *self._describe(logits, tokens, sampling.temperature or 1.0))
+            ended = answers.add(rows[open_rows], SampledTokens(*(part.numpy()[open_rows] for part in drawn)))
+            open_rows = open_rows[~ended]
+            if not len(open_rows):
                 break
             if seen is not None:
                 seen = seen | F.one_hot(tokens, seen.shape[-1]).astype("bool")
             input_ids = tokens.unsqueeze(-1)
-            attention_mask = paddle.concat([attention_mask, paddle.ones([len(prompts), 1], dtype="bool")], axis=1)
+            attention_mask = paddle.concat([attention_mask, paddle.ones([len(rows), 1], dtype="bool")], axis=1)
             position_ids = position_ids[:, -1:] + 1
-        ids, mask, log_probs, entropy = (paddle.stack(column, axis=1).numpy() for column in zip(*steps, strict=True))
-        decoded = {
-            "response_ids": ids,
-            "response_mask": mask,
-            "log_probs": np.where(mask, log_probs, 0.0).astype(np.float32),
-            "entropy": np.where(mask, entropy, 0.0).astype(np.float32),
-            "finished": finished.numpy(),
-        }
-        return decoded if self.group is None else from_head(decoded, self.group)
 
     def _next_logits(self, input_ids, attention_mask, position_ids, cache):
         """Logits float32 [B, V] (or [B, V / T]) after the last column, None before the last stage; the new cache."""
@@ -139,19 +136,3 @@ def _pad_left(prompts: list[np.ndarray], pad_token_id: int) -> tuple[paddle.Tens
         ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = True
     return paddle.to_tensor(ids), paddle.to_tensor(mask)
-
-
-def _in_order(parts: list[tuple[list[int], dict[str, np.ndarray]]], count: int, pad_token_id: int) -> Rollout:
-    width = max((part["response_ids"].shape[1] for _, part in parts), default=1)
-    whole = {
-        "response_ids": np.full([count, width], pad_token_id, dtype=np.int64),
-        "response_mask": np.zeros([count, width], dtype=bool),
-        "log_probs": np.zeros([count, width], dtype=np.float32),
-        "entropy": np.zeros([count, width], dtype=np.float32),
-    }
-    finished = np.zeros([count], dtype=bool)
-    for rows, part in parts:
-        finished[rows] = part["finished"]
-        for name, array in whole.items():
-            array[rows, : part[name].shape[1]] = part[name]
-    return Rollout(**whole, finished=finished)

@@ -23,6 +23,9 @@ class SamplingParameters:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()  # an answer ends with the token that completes one of them
+    keep: int | None = None  # of the answers to each prompt: the shortest, the rest is dropped
+    token_budget: int | None = None  # of the answers to each prompt together: the longest are cut
 
     @property
     def is_truncated(self) -> bool:
@@ -54,7 +57,9 @@ class Rollout:
     response_mask bool    [N, T]  True at sampled tokens (EOS is one), False after
     log_probs     float32 [N, T]  log softmax(logits / temperature) of the sampled tokens, before top-k and top-p
     entropy       float32 [N, T]  entropy of the same distribution, in nats
-    finished      bool    [N]     True if the answer ended by EOS, False if max_new_tokens cut it
+    finished      bool    [N]     True if the answer ended by EOS or a stop string, False if a limit cut it
+    kept          bool    [N]     False for answers that ``SamplingParameters.keep`` drops, whose rows may be cut
+    drawn_tokens  int             tokens that were drawn, those of dropped answers and behind cuts included
     """
 
     response_ids: np.ndarray
@@ -62,6 +67,8 @@ class Rollout:
     log_probs: np.ndarray
     entropy: np.ndarray
     finished: np.ndarray
+    kept: np.ndarray
+    drawn_tokens: int
 
 
 class RolloutEngine(Protocol):

@@ -8,6 +8,8 @@ from alignment.ppo.rollout.protocol import SamplingParameters
 
 LARGEST_ZERO = 1e-20  # Paddle's CPU softmax gives exp(-64) = 2e-28 where 0 is due: a million of those stay below this
 
+NUCLEUS = 1024  # likeliest tokens that are nearly always enough for top_p, and cheaper to find than to sort all
+
 
 def penalise_repetition(logits: paddle.Tensor, seen: paddle.Tensor, penalty: float) -> paddle.Tensor:
     """Make tokens that occur in the prompt or the answer so far less likely (Keskar et al. 2019, arXiv:1909.05858).
@@ -25,26 +27,31 @@ def keep_top_k(logits: paddle.Tensor, top_k: int) -> paddle.Tensor:
 
 def keep_top_p(logits: paddle.Tensor, top_p: float) -> paddle.Tensor:
     """Nucleus filter (Holtzman et al. 2020): keep the fewest tokens whose mass reaches ``top_p``, ties included."""
-    ordered = paddle.sort(F.softmax(logits), axis=-1, descending=True)
+    probabilities = F.softmax(logits)
+    ordered = paddle.topk(probabilities, min(NUCLEUS, logits.shape[-1]))[0]
+    if bool((ordered.sum(-1) < top_p).any()):
+        ordered = paddle.sort(probabilities, axis=-1, descending=True)
     before = paddle.cumsum(ordered, axis=-1) - ordered  # mass of all more likely tokens
     kept = (before < top_p).astype("int64").sum(-1, keepdim=True)
     threshold = paddle.take_along_axis(ordered, kept - 1, axis=-1)
-    return paddle.where(F.softmax(logits) < threshold, paddle.full_like(logits, float("-inf")), logits)
+    return paddle.where(probabilities < threshold, paddle.full_like(logits, float("-inf")), logits)
 
 
 def sampling_logits(
-    logits: paddle.Tensor, seen: paddle.Tensor | None, position: int, sampling: SamplingParameters
+    logits: paddle.Tensor, seen: paddle.Tensor | None, forbids_end: paddle.Tensor, sampling: SamplingParameters
 ) -> paddle.Tensor:
     """Apply everything that shapes the sampling distribution, in the order of transformers' processors.
 
-    Args: logits float32 [B, V]; seen bool [B, V] or None without repetition penalty; position of the token to sample.
+    Args: logits float32 [B, V]; seen bool [B, V] or None without repetition penalty; forbids_end bool [B], True where
+        the answer may not end yet.
     """
     if seen is not None:
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
-    if position + 1 < sampling.min_new_tokens:  # EOS counts as a token of the answer
-        forbidden = paddle.zeros([logits.shape[-1]], dtype="bool")
-        forbidden[list(sampling.eos_token_ids)] = True
-        logits = paddle.where(forbidden.unsqueeze(0), paddle.full_like(logits, float("-inf")), logits)
+    if sampling.min_new_tokens > 1:
+        ends = paddle.zeros([logits.shape[-1]], dtype="bool")
+        ends[list(sampling.eos_token_ids)] = True
+        forbidden = forbids_end.unsqueeze(1) & ends
+        logits = paddle.where(forbidden, paddle.full_like(logits, float("-inf")), logits)
     if sampling.temperature == 0:
         return logits
     logits = logits / sampling.temperature

@@ -1,8 +1,9 @@
-"""The eager engine against a generation loop in NumPy, and against a full forward pass over what it sampled."""
+"""Every rollout engine against a generation loop in NumPy, and against a full forward pass over what it sampled."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import paddle
@@ -11,6 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.ppo.rollout.eager import EagerRolloutEngine
+from alignment.ppo.rollout.fused import FusedRolloutEngine
+from alignment.ppo.rollout.native.kernels import NativeKernels
+from alignment.ppo.rollout.operations import Operations
+from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
 from tests.models.reference import logits
 from tests.models.tiny import TinyPolicy, answer_log_probs, log_softmax, tiny_policy
@@ -31,6 +36,19 @@ CASES = {
     "minimum": replace(PLAIN, min_new_tokens=6),
     "all": replace(PLAIN, min_new_tokens=3, top_k=20, top_p=0.8, repetition_penalty=0.7, temperature=0.9),
 }
+
+
+ENGINES = {
+    "eager": EagerRolloutEngine,
+    "native": partial(FusedRolloutEngine, kernels=NativeKernels),
+    "plain": partial(FusedRolloutEngine, kernels=partial(PaddleKernels, operations=Operations())),
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def make_engine(request):
+    """(model, batch size) -> engine."""
+    return ENGINES[request.param]
 
 
 @pytest.fixture(scope="module", params=[("llama", True), ("llama", False), ("qwen2", False)], ids=str)
@@ -80,10 +98,10 @@ def choose(x: np.ndarray, ids: list[int], position: int, uniform: float, samplin
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_answers_are_those_of_a_numpy_loop(policy, case):
+def test_answers_are_those_of_a_numpy_loop(make_engine, policy, case):
     sampling = CASES[case]
     prompts, draws = make_prompts()
-    rollout = EagerRolloutEngine(policy.model, 4).generate(prompts, draws, sampling)
+    rollout = make_engine(policy.model, 4).generate(prompts, draws, sampling)
     for i, (prompt, draw) in enumerate(zip(prompts, draws, strict=True)):
         tokens, log_probs, entropy = answer(policy, prompt, draw, sampling)
         mask = rollout.response_mask[i]
@@ -111,9 +129,9 @@ def check_structure(rollout: Rollout, sampling: SamplingParameters) -> None:
     assert (rollout.log_probs[mask] < 0).all() and (rollout.entropy[mask] > 0).all()
 
 
-def test_eos_is_an_action_and_nothing_after_it(llama):
+def test_eos_is_an_action_and_nothing_after_it(make_engine, llama):
     prompts, draws = make_prompts(LENGTHS * 3)
-    rollout = EagerRolloutEngine(llama.model, 7).generate(prompts, draws, PLAIN)
+    rollout = make_engine(llama.model, 7).generate(prompts, draws, PLAIN)
     check_structure(rollout, PLAIN)
     ends = {int(ids[mask][-1]) for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)}
     assert len(ends & set(PLAIN.eos_token_ids)) > 1  # several end tokens occur
@@ -121,29 +139,29 @@ def test_eos_is_an_action_and_nothing_after_it(llama):
     assert len(set(rollout.response_mask.sum(-1))) > 2
 
 
-def test_pad_may_be_an_end_token(llama):
+def test_pad_may_be_an_end_token(make_engine, llama):
     """Many models pad with EOS: the mask must not come from the ids."""
     prompts, draws = make_prompts()
     sampling = replace(PLAIN, pad_token_id=2)
-    rollout = EagerRolloutEngine(llama.model, 6).generate(prompts, draws, sampling)
-    other = EagerRolloutEngine(llama.model, 6).generate(prompts, draws, PLAIN)
+    rollout = make_engine(llama.model, 6).generate(prompts, draws, sampling)
+    other = make_engine(llama.model, 6).generate(prompts, draws, PLAIN)
     np.testing.assert_array_equal(rollout.response_mask, other.response_mask)
     np.testing.assert_array_equal(rollout.log_probs, other.log_probs)
     check_structure(rollout, sampling)
 
 
-def test_first_token_may_end_the_answer_and_the_batch(llama):
+def test_first_token_may_end_the_answer_and_the_batch(make_engine, llama):
     prompts, draws = make_prompts()
-    first = EagerRolloutEngine(llama.model, 6).generate(prompts, draws, PLAIN).response_ids[:, 0]
+    first = make_engine(llama.model, 6).generate(prompts, draws, PLAIN).response_ids[:, 0]
     sampling = replace(PLAIN, eos_token_ids=tuple(first.tolist()))
-    rollout = EagerRolloutEngine(llama.model, 6).generate(prompts, draws, sampling)
+    rollout = make_engine(llama.model, 6).generate(prompts, draws, sampling)
     assert rollout.finished.all() and rollout.response_mask.shape == (6, 1)
     np.testing.assert_array_equal(rollout.response_ids[:, 0], first)
 
 
-def test_without_an_end_token_every_answer_is_cut(llama):
+def test_without_an_end_token_every_answer_is_cut(make_engine, llama):
     sampling = replace(PLAIN, eos_token_ids=(), max_new_tokens=3)
-    rollout = EagerRolloutEngine(llama.model, 6).generate(*make_prompts(), sampling)
+    rollout = make_engine(llama.model, 6).generate(*make_prompts(), sampling)
     assert rollout.response_mask.shape == (6, 3) and rollout.response_mask.all() and not rollout.finished.any()
 
 
@@ -160,20 +178,20 @@ def assert_same(first: Rollout, rows, second: Rollout) -> None:
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.permutations(range(6)), st.integers(1, 6), st.integers(1, 7), st.sampled_from(["plain", "all", "greedy"]))
-def test_an_answer_depends_on_nothing_else_in_the_batch(policy, order, count, batch_size, case):
+def test_an_answer_depends_on_nothing_else_in_the_batch(make_engine, policy, order, count, batch_size, case):
     """Not on the order, the batch size, the other prompts, or, as lengths differ, on left padding."""
     prompts, draws = make_prompts()
-    whole = EagerRolloutEngine(policy.model, 6).generate(prompts, draws, CASES[case])
+    whole = make_engine(policy.model, 6).generate(prompts, draws, CASES[case])
     chosen = order[:count]
-    engine = EagerRolloutEngine(policy.model, batch_size)
+    engine = make_engine(policy.model, batch_size)
     part = engine.generate([prompts[i] for i in chosen], [draws[i] for i in chosen], CASES[case])
     assert_same(whole, chosen, part)
 
 
-def test_what_stands_at_left_padding_does_not_matter(llama):
+def test_what_stands_at_left_padding_does_not_matter(make_engine, llama):
     prompts, draws = make_prompts()
     results = [
-        EagerRolloutEngine(llama.model, 6).generate(prompts, draws, replace(PLAIN, pad_token_id=pad, max_new_tokens=1))
+        make_engine(llama.model, 6).generate(prompts, draws, replace(PLAIN, pad_token_id=pad, max_new_tokens=1))
         for pad in (0, 47)
     ]
     np.testing.assert_array_equal(results[0].response_ids, results[1].response_ids)
@@ -181,10 +199,10 @@ def test_what_stands_at_left_padding_does_not_matter(llama):
 
 
 @pytest.mark.parametrize("case", ["plain", "warm", "cold", "top_p", "penalty", "greedy"])
-def test_log_probs_and_entropy_are_those_of_a_full_forward_pass(policy, case):
+def test_log_probs_and_entropy_are_those_of_a_full_forward_pass(make_engine, policy, case):
     sampling = CASES[case]
     prompts, draws = make_prompts()
-    rollout = EagerRolloutEngine(policy.model, 6).generate(prompts, draws, sampling)
+    rollout = make_engine(policy.model, 6).generate(prompts, draws, sampling)
     width = max(LENGTHS)
     ids = np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = np.arange(width) >= width - np.array(LENGTHS)[:, None]
@@ -200,9 +218,9 @@ def test_log_probs_and_entropy_are_those_of_a_full_forward_pass(policy, case):
     np.testing.assert_allclose(rollout.entropy, entropy.numpy(), atol=2e-5)
 
 
-def test_current_weights_are_used(llama):
+def test_current_weights_are_used(make_engine, llama):
     prompts, draws = make_prompts()
-    engine = EagerRolloutEngine(llama.model, 6)
+    engine = make_engine(llama.model, 6)
     before = engine.generate(prompts, draws, PLAIN)
     head = llama.model.lm_head.weight
     old = head.numpy()
@@ -215,8 +233,8 @@ def test_current_weights_are_used(llama):
     assert not np.allclose(after.log_probs[:, 0], before.log_probs[:, 0], atol=1e-2)
 
 
-def test_no_gradient_is_kept_and_no_prompt_is_no_fault(llama):
-    engine = EagerRolloutEngine(llama.model, 6)
+def test_no_gradient_is_kept_and_no_prompt_is_no_fault(make_engine, llama):
+    engine = make_engine(llama.model, 6)
     engine.generate(*make_prompts(), PLAIN)
     assert all(parameter.grad is None for parameter in llama.model.parameters())
     empty = engine.generate([], [], PLAIN)

@@ -1,0 +1,96 @@
+"""A Llama or Qwen2 model of PaddleNLP as fused kernels see it: the arrays of one layer after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from alignment.ppo.models.policy import trunk
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Weights of this process's part of a layer, matrices [in, out], in the model's dtype.
+
+    qkv and gate_up are matrices that are multiplied by the same rows; qkv_bias is empty without bias.
+    """
+
+    attention_norm: paddle.Tensor
+    qkv: list[paddle.Tensor]
+    qkv_bias: list[paddle.Tensor]
+    output: paddle.Tensor
+    mlp_norm: paddle.Tensor
+    gate_up: list[paddle.Tensor]
+    down: paddle.Tensor
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """This process's part of a model; ``heads``, ``groups`` (key/value heads) and ``inner`` count what is here.
+
+    norm, head: None but on the last stage. head: [hidden, columns], or [columns, hidden] where ``head_is_transposed``.
+    """
+
+    layers: list[DecoderLayer]
+    embed: Callable[[paddle.Tensor], paddle.Tensor]
+    norm: paddle.Tensor | None
+    head: paddle.Tensor | None
+    head_is_transposed: bool
+    hidden: int
+    heads: int
+    groups: int
+    size: int
+    inner: int
+    columns: int
+    epsilon: float
+    dtype: str
+    rotary: Callable[[int], tuple[np.ndarray, np.ndarray]]
+
+
+def read_decoder(model: paddle.nn.Layer) -> Decoder:
+    """The current weights of a model that ``alignment.ppo.models`` loaded, not copied."""
+    body, config, placement = trunk(model), model.config, model.placement
+    layers = [_read_layer(layer) for layer in body.layers]
+    size = config.hidden_size // config.num_attention_heads
+    head = model.lm_head if placement.is_last else None
+    columns = 0 if head is None else head.weight.shape[0 if head.transpose_y else 1]
+
+    def rotary(length: int) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin, float32 [length, size] each."""
+        attention = next(iter(body.layers)).self_attn
+        pair = attention.rotary_emb(paddle.zeros([1], dtype="float32"), seq_len=length)
+        return tuple(np.ascontiguousarray(part.numpy().reshape([-1, size])[:length]) for part in pair)
+
+    return Decoder(
+        layers=layers,
+        embed=getattr(body, "embed_tokens", None),
+        norm=body.norm.weight if placement.is_last else None,
+        head=None if head is None else head.weight,
+        head_is_transposed=head is not None and bool(head.transpose_y),
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads // placement.tensor,
+        groups=config.num_key_value_heads // placement.tensor,
+        size=size,
+        inner=layers[0].down.shape[0],
+        columns=columns,
+        epsilon=config.rms_norm_eps,
+        dtype=config.dtype,
+        rotary=rotary,
+    )
+
+
+def _read_layer(layer: paddle.nn.Layer) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return DecoderLayer(
+        attention_norm=layer.input_layernorm.weight,
+        qkv=[projection.weight for projection in projections],
+        qkv_bias=[projection.bias for projection in projections if projection.bias is not None],
+        output=attention.o_proj.weight,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=[mlp.gate_proj.weight, mlp.up_proj.weight],
+        down=mlp.down_proj.weight,
+    )
