@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.machine import describe_machine
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ALL = "freeze_model optimizer train_model"
@@ -104,18 +104,6 @@ def measure(name: str, folder: Path, overrides: list[str]) -> dict:
     }
 
 
-def machine() -> dict[str, object]:
-    """What the figures depend on."""
-    processor = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
-    return {
-        "processor": processor[0] if processor else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-    }
-
-
 def draw(rows: list[dict], file: Path) -> None:
     """Resident memory over time, a line for each row."""
     import matplotlib
@@ -138,7 +126,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options, overrides = parser.parse_known_args()
-    facts, rows = machine(), []
+    facts, rows = describe_machine(), []
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{'offload_level':<36} {'peak MB':>8} {'ratio':>6} {'iteration s':>12} {'offload s':>10}", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder.resolve()) as folder:
