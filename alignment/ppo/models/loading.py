@@ -14,7 +14,7 @@ from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE,
 from alignment.ppo.models.cpu import speed_up_on_cpu
 from alignment.ppo.models.default import DEFAULT_MODEL_ALIASES, ensure_default_model
 from alignment.ppo.models.placement import WHOLE, Placement, configure, follow_lengths, keep_stage
-from alignment.ppo.models.sharing import build_sharing
+from alignment.ppo.models.sharing import build_sharing, share_rotary_tables
 from alignment.ppo.models.tokenizer_files import TOKENIZER_FILES
 from alignment.ppo.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
@@ -93,6 +93,7 @@ def build(
         config.num_hidden_layers = count
     body = getattr(model, model.base_model_prefix, model)
     keep_stage(model, body, placement, count)
+    share_rotary_tables(body)
     if placement.sequence_parallel:
         follow_lengths(body)
     speed_up_on_cpu(model)

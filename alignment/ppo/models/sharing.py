@@ -1,4 +1,4 @@
-"""Several models on the same weights: separate layers, one storage."""
+"""One storage for what several layers, or several models, hold alike."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def share_parameters(source: paddle.nn.Layer, target: paddle.nn.Layer) -> None:
             if parameter is None or twin is None or twin.shape != parameter.shape:
                 raise UsageError(f"the models differ in {name}.{key}, so they cannot share their weights")
             layer._parameters[key] = twin
+
+
+def share_rotary_tables(trunk: paddle.nn.Layer) -> None:
+    """Let all layers read the first one's sines and cosines.
+
+    PaddleNLP gives each layer tables of its own, 2 x [1, positions, 1, head size] in float32: 126 MB of SmolLM2-135M.
+    """
+    layers = list(trunk.layers)
+    for layer in layers[1:]:
+        layer.self_attn.rotary_emb = layers[0].self_attn.rotary_emb
 
 
 def mark_shared(models: Iterable[paddle.nn.Layer]) -> None:
