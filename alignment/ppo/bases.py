@@ -10,7 +10,7 @@ import paddle
 from alignment.ppo.models.adapters import ADAPTERS, is_adapter, load_adapters, read_settings
 from alignment.ppo.models.freezing import freeze
 from alignment.ppo.models.loading import load_policy, resolve_model_directory
-from alignment.ppo.models.lora import Base, LoRASettings, add_adapters
+from alignment.ppo.models.lora import Base, LoRASettings, add_adapters, is_adapted
 from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.policy import trunk
 from alignment.ppo.models.sharing import mark_shared
@@ -72,7 +72,7 @@ class Bases:
     def load_critic(self, name: str, recompute: bool) -> ScoreModel:
         """A critic: adapters and head are trained; those of the checkpoint ``name``, or else new ones."""
         critic = self._load_score(name, "critic", recompute=recompute, seed=self.seed)
-        if not hasattr(critic, "lora"):
+        if not is_adapted(critic):
             shared = next(shared for shared in self.loaded if critic in shared.users.values())
             add_adapters(critic, self.settings, shared.base, self.seed)
         return critic

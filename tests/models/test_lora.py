@@ -180,12 +180,13 @@ def test_adapters_come_back_to_the_last_bit(base, tmp_path, score):
 
 def test_adapters_of_another_model_are_refused(base, tmp_path):
     save_model(adapt(load_policy(base), base), None, tmp_path / "saved")
+    save_model(adapt(load_value(base), base), None, tmp_path / "score")
     with pytest.raises(UsageError, match='"lora_rank": 3, but .*saved was trained with 2'):
         resume_adapters(adapt(load_policy(base), base, LoRASettings(3, 4)), tmp_path / "saved")
     with pytest.raises(UsageError, match='"lora_target_modules"'):
         resume_adapters(adapt(load_policy(base), base, LoRASettings(2, 4, ("q_proj",))), tmp_path / "saved")
     with pytest.raises(UsageError, match=re.escape("score_head.weight is in the file or in the model")):
-        load_adapters(adapt(load_value(base), base), tmp_path / "saved" / ADAPTERS)
+        load_adapters(adapt(load_policy(base), base), tmp_path / "score" / ADAPTERS)
     wider = adapt(load_policy(base), base, LoRASettings(3, 4))
     with pytest.raises(UsageError, match="has shape .*, the model needs"):
         load_adapters(wider, tmp_path / "saved" / ADAPTERS)
@@ -193,6 +194,16 @@ def test_adapters_of_another_model_are_refused(base, tmp_path):
     other = write_checkpoint(tmp_path / "other", config, random_weights(config, seed=1))
     with pytest.raises(UsageError, match="other is not the model that the adapters in .*saved belong to"):
         resume_adapters(adapt(load_policy(other), other), tmp_path / "saved")
+
+
+def test_a_score_model_takes_a_policys_adapters_and_keeps_its_head(base, tmp_path):
+    policy = randomize(adapt(load_policy(base), base))
+    save_model(policy, None, tmp_path / "saved")
+    critic = adapt(load_value(base, seed=1), base)
+    head = critic.score_head.weight.numpy()
+    load_adapters(critic, tmp_path / "saved" / ADAPTERS)
+    np.testing.assert_array_equal(hidden_of(critic), hidden_of(policy))
+    np.testing.assert_array_equal(critic.score_head.weight.numpy(), head)
 
 
 def test_models_of_other_shapes_share_nothing(base, tmp_path):

@@ -101,13 +101,16 @@ def read_settings(directory: Path) -> tuple[LoRASettings, str | None]:
 
 
 def load_adapters(model: paddle.nn.Layer, directory: Path) -> None:
-    """Fill A and B, and the score head, of an adapted model from what ``save_adapters`` wrote in whatever layout.
+    """Fill A and B of an adapted model from what ``save_adapters`` wrote in whatever layout.
+
+    A score model takes the score head too; where a policy's adapters have none, its own stays as it is.
 
     Raises: UsageError if names or shapes are others.
     """
     files = AdapterFiles(directory)
     own = {_stored_name(name, model): parameter for name, parameter in adapter_parameters(model).items()}
-    heads = {"score_head.weight"} if model.base_model_prefix == "trunk" else set()  # it may be on another stage
+    heads = {"score_head.weight"} & files.names() if model.base_model_prefix == "trunk" else set()
+    own = {name: parameter for name, parameter in own.items() if name in heads or "lora_" in name}
     differing = (names_of_all_layers(own, model.config.num_hidden_layers) | heads) ^ files.names()
     if differing:
         raise UsageError(f"{directory}: {min(differing)} is in the file or in the model, but not in both")

@@ -66,7 +66,8 @@ def add_adapters(model: paddle.nn.Layer, settings: LoRASettings, base: Base, see
         shape = list(layer.lora_A.shape)
         if split_axis(layer.lora_A) == 0:
             shape[0] *= model.placement.tensor
-        layer.lora_A.set_value(own_slice(draw(shape, seed, name), layer.lora_A, model.placement))
+        own = own_slice(draw(shape, seed, name), layer.lora_A, model.placement)
+        layer.lora_A.set_value(paddle.to_tensor(own).astype(layer.lora_A.dtype))
 
 
 def insert_adapters(model: paddle.nn.Layer, settings: LoRASettings) -> None:
