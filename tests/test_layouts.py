@@ -66,6 +66,7 @@ MISTAKES = [
     ("no_tied_sum", Launch("pp2", 2, 1, 2, PP2), "supervised"),
     ("no_copy_gradient", Launch("tp2", 2, 1, 1, TP2), "supervised"),
     ("no_norm_sum", Launch("pp2", 2, 1, 2, PP2), "supervised"),
+    ("same_slices", Launch("tp2", 2, 1, 2, TP2), "lora"),
 ]
 
 

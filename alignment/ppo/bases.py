@@ -52,7 +52,7 @@ class Bases:
 
     def load_reference(self, name: str) -> paddle.nn.Layer:
         """The frozen policy ``name``, which becomes the actor's base."""
-        directory = resolve_model_directory(name)
+        directory = resolve_model_directory(name).resolve()
         return self._add(name, directory, "reference", load_policy(directory, **self.how))
 
     def load_actor(self, recompute: bool) -> paddle.nn.Layer:
@@ -77,9 +77,12 @@ class Bases:
             add_adapters(critic, self.settings, shared.base, self.seed)
         return critic
 
-    def describe(self) -> str:
-        """One line: which models share weights. Also marks these (see ``mark_shared``)."""
+    def mark_shared(self) -> None:
+        """Tell every loaded model which of its parameters others have too; see alignment.ppo.models.sharing."""
         mark_shared([model for shared in self.loaded for model in shared.users.values()])
+
+    def describe(self) -> str:
+        """One line: which models share weights."""
         parts = []
         for shared in self.loaded:
             *others, last = shared.users
@@ -88,19 +91,18 @@ class Bases:
         return f"base weights in memory: {len(self.loaded)} ({'; '.join(parts)})"
 
     def _load_score(self, name: str, role: str, **options: object) -> ScoreModel:
-        directory = resolve_model_directory(name)
-        shared = next((shared for shared in self.loaded if shared.base.directory == directory), None)
-        if shared is not None:
-            model = load_value(directory, role, shared=trunk(shared.first), **options, **self.how)
-            shared.users[role] = model
-            return model
-        settings, sha256 = read_settings(directory / ADAPTERS) if is_adapter(directory / ADAPTERS) else (None, None)
-        shared = next((shared for shared in self.loaded if shared.base.sha256 == sha256), None)
+        directory = resolve_model_directory(name).resolve()
+        adapters = directory / ADAPTERS
+        settings, sha256 = read_settings(adapters) if is_adapter(adapters) else (None, None)
+        as_it_is = [shared for shared in self.loaded if shared.base.directory == directory]
+        trained_on = [shared for shared in self.loaded if shared.base.sha256 == sha256]
+        shared = next(iter(as_it_is + trained_on), None)
         if shared is None:
             return self._add(name, directory, role, load_value(directory, role, **options, **self.how))
         model = load_value(directory, role, shared=trunk(shared.first), **options, **self.how)
-        add_adapters(model, settings, shared.base, self.seed)
-        load_adapters(model, directory / ADAPTERS)
+        if not as_it_is:
+            add_adapters(model, settings, shared.base, self.seed)
+            load_adapters(model, adapters)
         shared.users[role] = model
         return model
 

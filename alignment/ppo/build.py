@@ -133,6 +133,7 @@ def _load_sharing_models(
     for model, checkpoint in ((actor, policy), (critic, value)):
         if checkpoint is not None:
             load_named("resume_from_checkpoint", resume_adapters, model, checkpoint)
+    bases.mark_shared()
     say(bases.describe())
     return Models(actor, reference, critic, WeightedRewards(sources, args.reward_weights), tokenizer)
 

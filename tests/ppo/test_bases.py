@@ -45,6 +45,7 @@ def load(project, reward=None, critic=None):
     actor = bases.load_actor(False)
     reward_model = reward and bases.load_reward(str(project / reward))
     value = bases.load_critic(str(project / (critic or reward or "model")), False)
+    bases.mark_shared()
     return actor, reference, value, reward_model, bases.describe().replace(f"{project}{os.sep}", "")
 
 

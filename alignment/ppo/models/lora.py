@@ -107,6 +107,7 @@ def effective_weight(linear: paddle.nn.Layer) -> paddle.Tensor:
     """The matrix [inputs, outputs] that a linear layer multiplies by, or this process's slice, in the weight's type.
 
     Without adapters that is the parameter itself, not a copy; with them W + alpha / rank * A B, computed in float32.
+    Under sharding stage 3 it can be asked for only while the parameters are here (``Shards.whole_model``).
     """
     if not hasattr(linear, "lora_A") or linear.merged:
         return linear.weight
