@@ -13,6 +13,11 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from alignment.ppo.models.lora import Base, LoRASettings, adapted_layers, add_adapters
+from alignment.ppo.models.saving import save_model
+from alignment.ppo.models.tokenizer import load_tokenizer
+from alignment.ppo.models.value import load_value
+from alignment.ppo.models.weights import weights_sha256
 from tests.models.reference import make_config, random_weights, write_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -150,6 +155,17 @@ def write_reward_model(directory: Path, **options: Any) -> Path:
     return write_checkpoint(directory, config | score, weights | {"score_head.weight": head})
 
 
+def write_adapted_reward_model(directory: Path, base: Path) -> Path:
+    """A reward model as a LoRA run on ``base`` saves it, its adapters and head random."""
+    model = load_value(base, seed=5)
+    add_adapters(model, LoRASettings(rank=3, alpha=3), Base(base.resolve(), weights_sha256(base)), seed=5)
+    for number, (_, layer) in enumerate(adapted_layers(model)):
+        values = np.random.default_rng([5, number]).normal(0, 0.1, layer.lora_B.shape)
+        layer.lora_B.set_value(values.astype(np.float32))
+    save_model(model, load_tokenizer(base), directory)
+    return directory
+
+
 def _tiny(
     directory: Path,
     family: str = "llama",
@@ -193,6 +209,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def weights_of(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The model's tensors in a checkpoint, of one file or of several."""
-    files = sorted(checkpoint.glob("model*.safetensors"))
+    """The model's tensors in a checkpoint, and its adapters' where it has some, each of one file or of several."""
+    patterns = ("model*.safetensors", "adapters/peft_model*.safetensors")
+    files = [file for pattern in patterns for file in sorted(checkpoint.glob(pattern))]
     return {name: value for file in files for name, value in load_file(file).items()}

@@ -46,6 +46,7 @@ USAGE = {  # name: (stage, overrides, what the line must say)
     "reward function that is not there": ("ppo", ("--reward_function", "user_reward.py:nope"), ("nope",)),
     "user module that is not there": ("rm", ("--dataset_modules", "nothing.py"), ("nothing.py",)),
     "nothing to resume from": ("rm", ("--resume_from_checkpoint", "true"), ("resume_from_checkpoint",)),
+    "adapters and layers": ("sft", ("--lora", "true", "--num_layers_unfrozen", "1"), ("num_layers_unfrozen", "lora")),
     "too many layers": ("rm", ("--num_layers_unfrozen", "9"), ("num_layers_unfrozen", "9", "2")),
 }
 TP, PP = "--tensor_parallel_degree", "--pipeline_parallel_degree"
@@ -122,6 +123,23 @@ def test_a_traceback_on_request(project):
     status, shown = run(project, "rm", "--model_name_or_path", "corrupt", ALIGNMENT_DEBUG="1")
     assert status == 2
     assert "Traceback" in shown
+
+
+def test_adapters_and_resuming(project):
+    """A run is resumed with the adapters it had, or not at all."""
+    lora = ("--lora", "true", "--output_dir", "lora")
+    assert run(project, "sft", *lora, "--max_steps", 1)[0] == 0
+    again = ("--resume_from_checkpoint", "true", "--max_steps", 2)
+    for overrides, words in (
+        (("--output_dir", "lora"), ('"lora": false', "trained with true")),
+        ((*lora, "--lora_rank", "3"), ('"lora_rank": 3', "trained with 8")),
+        ((*lora, "--lora_target_modules", "q_proj"), ("lora_target_modules", "down_proj")),
+        ((*lora, "--model_name_or_path", "odd"), ("odd is not the model", "adapters")),
+    ):
+        status, shown = run(project, "sft", *overrides, *again)
+        assert status == 2, shown
+        assert_one_line(shown, words)
+    assert run(project, "sft", *lora, *again)[0] == 0
 
 
 def test_an_earlier_run_is_not_lost(project):

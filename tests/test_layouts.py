@@ -5,8 +5,8 @@ reward models, PPO, APA, AWR; Llama and Qwen2 with grouped-query attention; tied
 batch, partial freezing, evaluation), and is compared with the launch of a single process: metrics, sampled tokens,
 and weights of every checkpoint.
 
-    python -m pytest tests -m layouts         every layout on six scenarios; part of the whole suite
-    python -m pytest tests -m layouts_full    more layouts, each on all 28 scenarios
+    python -m pytest tests -m layouts         every layout on six scenarios, some with LoRA; part of the whole suite
+    python -m pytest tests -m layouts_full    more layouts, each on all 44 scenarios
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ FAST_ROLLOUT = [
     Launch("tp2_pp2_tensor_parallel", 4, 1, 2, f"{TP2} {PP2} --eval_mode tensor_parallel"),
     Launch("tp2_pp2_sharding2", 8, 2, 2, f"{TP2} {PP2} --sharding stage1 --sharding_parallel_degree 2"),
 ]
+LORA = [
+    Launch("accumulate4", accumulation=4),
+    Launch("sharding2_stage2", 2, 2, 2, "--sharding stage2"),
+    Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
+    Launch("tp2", 2, 1, 2, TP2),
+    Launch("tp2_sp_recompute", 2, 1, 1, f"{TP2} {SP} {RECOMPUTE}"),
+    Launch("pp2", 2, 1, 4, PP2),
+    Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
+]
 FULL = [
     *FAST,
     *FAST_ROLLOUT,
@@ -57,6 +66,7 @@ MISTAKES = [
     ("no_tied_sum", Launch("pp2", 2, 1, 2, PP2), "supervised"),
     ("no_copy_gradient", Launch("tp2", 2, 1, 1, TP2), "supervised"),
     ("no_norm_sum", Launch("pp2", 2, 1, 2, PP2), "supervised"),
+    ("same_slices", Launch("tp2", 2, 1, 2, TP2), "lora"),
 ]
 
 
@@ -98,6 +108,12 @@ def test_online_training(trajectories, launch):
 
 
 @pytest.mark.layouts
+@pytest.mark.parametrize("launch", LORA, ids=lambda launch: launch.name)
+def test_adapters(trajectories, launch):
+    assert_same(trajectories, launch, "lora")
+
+
+@pytest.mark.layouts
 @pytest.mark.parametrize(("name", "launch", "scenarios"), MISTAKES, ids=[name for name, *_ in MISTAKES])
 def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
     expected = trajectories(SINGLE, scenarios)
@@ -108,13 +124,16 @@ def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize(("saved", "resumed"), [("tp2_pp2", "dp2"), ("dp2", "tp2_pp2")])
-def test_resume_in_another_layout(project, trajectories, saved, resumed):
+@pytest.mark.parametrize(
+    ("saved", "resumed", "scenarios"),
+    [("tp2_pp2", "dp2", "fast"), ("dp2", "tp2_pp2", "fast"), ("tp2", "pp2", "lora")],
+)
+def test_resume_in_another_layout(project, trajectories, saved, resumed, scenarios):
     by_name = {launch.name: launch for launch in FAST}
-    expected, start = trajectories(SINGLE, "fast"), trajectories(by_name[saved], "fast")
+    expected, start = trajectories(SINGLE, scenarios), trajectories(by_name[saved], scenarios)
     out = project / "out" / f"{resumed}_after_{saved}"
-    by_name[resumed].run(project, out, "fast", "--resume", start)
-    for scenario in SETS["fast"]:
+    by_name[resumed].run(project, out, scenarios, "--resume", start)
+    for scenario in SETS[scenarios]:
         done = (ONLINE if (expected / scenario / "policy").exists() else SUPERVISED)["save_steps"]
         assert_same_trajectory(expected / scenario, out / scenario, after=done)
 

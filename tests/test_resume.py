@@ -25,11 +25,13 @@ def rows_of(folder):
     return [{key: value for key, value in row.items() if not key.startswith(UNLIKE)} for row in rows]
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(("stage", "parts"), [("sft", [""]), ("rm", [""]), ("ppo", ["policy", "value"])])
-def test_resume(project, stage, parts):
-    whole, resumed = project / f"{stage}_whole", project / f"{stage}_resumed"
+def test_resume(project, stage, parts, lora):
+    whole, resumed = project / f"{stage}_whole_{lora}", project / f"{stage}_resumed_{lora}"
     steps = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--lr_scheduler_type", "constant")
     more = ("--kl_controller", "adaptive", "--kl_target", 0.01, "--kl_horizon", 50) if stage == "ppo" else ()
+    more += ("--lora", "true", "--lora_rank", 4) if lora else ()
     train(project, stage, "--output_dir", whole.name, *steps, *more)
     train(project, stage, "--output_dir", resumed.name, *steps, *more)
     # As a run looks that was killed after step 3: checkpoint-2 is complete, metrics go on to 3, the last line torn.
@@ -42,6 +44,7 @@ def test_resume(project, stage, parts):
     assert rows_of(resumed) == rows_of(whole)
     for part in parts:
         one, other = (weights_of(folder / part / "checkpoint-4") for folder in (whole, resumed))
+        assert any("lora_A" in name for name in one) == lora
         for name, value in one.items():
             np.testing.assert_array_equal(other[name], value, err_msg=name)
     if stage == "ppo":

@@ -51,8 +51,10 @@ class Shards:
         frozen = [p for p in model.parameters() if p.stop_gradient]
         self.owner: dict[str, int] = {}
         for part in (self.trained, frozen):  # apart, so that each is divided evenly
-            owners = assign_owners([parameter.size for parameter in part], self.members)
-            self.owner |= {parameter.name: owner for parameter, owner in zip(part, owners, strict=True)}
+            new = [parameter for parameter in part if not hasattr(parameter, "shard_owner")]
+            for parameter, owner in zip(new, assign_owners([p.size for p in new], self.members), strict=True):
+                parameter.shard_owner = owner  # kept with it, for another model may share the parameter
+            self.owner |= {parameter.name: parameter.shard_owner for parameter in part}
         self.own = [p for p in self.trained if self.owner[p.name] == self.member]
         self.sums: dict[str, paddle.Tensor] = {}  # from stage 2 on: float32 gradients of ``own`` so far, by name
         self.layers = list(layers) if self.stage == 3 else []

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import paddle
@@ -117,7 +118,7 @@ class Offload:
             engine.optimizer_home = Offloaded(engine.optimizer_tensors, self._storage(), self.timer).loaded
 
     def _add_model(self, passes: Pipeline) -> None:
-        model = Offloaded(passes.model.parameters, self._storage(), self.timer)
+        model = Offloaded(partial(_own_parameters, passes.model), self._storage(), self.timer)
         passes.shards.home = model.loaded
         self.models.append(model)
         for one, following in zip(self.models, self.models[1:] + self.models[:1], strict=True):
@@ -125,6 +126,12 @@ class Offload:
 
     def _storage(self) -> Storage:
         return PinnedMemory() if self.on_gpu else MappedFile(self.folder)
+
+
+def _own_parameters(model: paddle.nn.Layer) -> list[paddle.Tensor]:
+    """Those that no other model computes with; base weights that LoRA shares are wanted in every phase."""
+    shared = getattr(model, "shared_parameters", frozenset())
+    return [parameter for parameter in model.parameters() if parameter.name not in shared]
 
 
 def is_on_device(tensor: paddle.Tensor) -> bool:

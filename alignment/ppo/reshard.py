@@ -7,7 +7,7 @@ single              every process has the whole policy: all processes answer dif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -20,12 +20,16 @@ from alignment.parallel.collectives import gather_objects
 from alignment.parallel.gloo import meet
 from alignment.parallel.topology import topology
 from alignment.ppo.models.loading import build_policy
+from alignment.ppo.models.lora import insert_adapters, is_adapted, plain_parameters
 from alignment.ppo.models.placement import Placement, is_copy, merged, split_axis
+from alignment.ppo.models.sharing import build_sharing
 from alignment.ppo.rollout.answers import Decode
 from alignment.ppo.rollout.choose import build_engine
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from alignment.runtime.bootstrap import return_freed_memory
 from alignment.training.engine import TrainingEngine
+
+Source = tuple[paddle.Tensor, Callable[[], paddle.Tensor]]  # a parameter, and its value in a plain model
 
 
 class Sampler:
@@ -67,21 +71,20 @@ class Sampler:
             if group is not None:
                 self.part = (self.part[0] * group.nranks + group.rank, self.part[1] * group.nranks)
         if self.is_copy:
-            model = build_policy(deepcopy(model.config), model.config.dtype, False, wanted)
+            model = _build_alike(model, wanted)
             self.target = dict(model.named_parameters())
-            self.names = gather_objects(_own_names(actor.model), "pipe")  # of every stage
+            self.names = gather_objects(list(_own_parameters(actor.model)), "pipe")  # of every stage
             self.drops_copy = drops_copy
             self._drop_copy()
         elif model.placement.sequence_parallel:
-            trained, model = model, build_policy(deepcopy(model.config), model.config.dtype, False, wanted)
-            _share_parameters(trained, model)
+            model = build_sharing(lambda: _build_adapted(actor.model, wanted), actor.model)
         self.engine = build_engine(model, batch_size, use_fusemt, decode)
 
     def refresh(self) -> None:
         """Bring the policy's current weights, one parameter at a time, to where they are sampled from."""
         if self.is_copy:
             with self.actor.shards.whole_model(), paddle.no_grad():
-                own = dict(self.actor.model.named_parameters())
+                own = _own_parameters(self.actor.model)
                 for stage, names in enumerate(self.names):
                     for name in names:
                         self._bring(name, stage, own.get(name))
@@ -109,26 +112,33 @@ class Sampler:
                 parameter._clear_data()
             return_freed_memory()
 
-    def _bring(self, name: str, stage: int, source: paddle.Tensor | None) -> None:
+    def _bring(self, name: str, stage: int, source: Source | None) -> None:
         target, pipe = self.target[name], topology().group("pipe")
         if not target._is_initialized():
             paddle.empty(target.shape, dtype=target.dtype)._share_buffer_to(target)
         if stage == topology().stage:
-            changes = split_axis(source) is not None and split_axis(target) is None
-            value = merged(source.detach(), split_axis(source)) if changes else source.detach()
-            paddle.assign(value, target)
+            axis, value = split_axis(source[0]), source[1]()
+            changes = axis is not None and split_axis(target) is None
+            paddle.assign(merged(value, axis) if changes else value, target)
         if pipe is not None:
             meet(pipe)
             dist.broadcast(target, src=pipe.ranks[stage], group=pipe)
 
 
-def _share_parameters(source: paddle.nn.Layer, target: paddle.nn.Layer) -> None:
-    """Let ``target``, of the same parts, compute with the parameters of ``source``."""
-    layers = zip(source.named_sublayers(include_self=True), target.named_sublayers(include_self=True), strict=True)
-    for (name, layer), (same_name, twin) in layers:
-        assert name == same_name
-        twin._parameters.update(layer._parameters)
+def _build_alike(model: paddle.nn.Layer, placement: Placement) -> paddle.nn.Layer:
+    """A policy like ``model``, with weights still to be filled, for another place."""
+    return build_policy(deepcopy(model.config), model.config.dtype, False, placement)
 
 
-def _own_names(model: paddle.nn.Layer) -> list[str]:
-    return [name for name, _ in model.named_parameters() if not is_copy(name, model)]
+def _build_adapted(model: paddle.nn.Layer, placement: Placement) -> paddle.nn.Layer:
+    twin = _build_alike(model, placement)
+    if is_adapted(model):
+        insert_adapters(twin, model.lora)
+    return twin
+
+
+def _own_parameters(model: paddle.nn.Layer) -> dict[str, Source]:
+    """By name, what this stage brings: each parameter, and what gives its current value, adapters merged."""
+    names = dict(model.named_parameters())  # a tied head has none of its own
+    plain = plain_parameters(model)
+    return {name: (value, read) for name, value, read in plain if name in names and not is_copy(name, model)}

@@ -9,7 +9,6 @@ from typing import Any
 if __name__ == "__main__":  # run by path: `import alignment` and `import data` mean this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from alignment.ppo.models.freezing import set_trainable_layers
 from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.tokenizer import load_tokenizer
 from alignment.ppo.models.value import load_value
@@ -19,7 +18,7 @@ from alignment.rm.trainer import RewardTrainer
 from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
 from alignment.training.checkpoint import find_checkpoint
-from alignment.training.setup import load_data, load_named, weight_dtype
+from alignment.training.setup import load_data, load_named, model_source, set_trained, weight_dtype
 from alignment.training.stage import run_stage
 from data import PreferenceDataset
 
@@ -36,7 +35,7 @@ def build_normalizer(model_args: Any) -> RunningMeanStd | ExponentialMovingAvera
 def build_trainer(model_args: Any, data_args: Any, args: Any) -> RewardTrainer:
     """Data first, for it fails fast; then the model, from the checkpoint where the run is resumed."""
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    source = checkpoint or model_args.model_name_or_path
+    source = model_source(args, model_args.model_name_or_path, checkpoint)
     tokenizer = load_named("model_name_or_path", load_tokenizer, source)
     train_set, eval_set = load_data(PreferenceDataset, data_args, args, tokenizer)
     model = load_named(
@@ -50,7 +49,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> RewardTrainer:
         seed=args.seed,
         placement=Placement.here(),
     )
-    load_named("num_layers_unfrozen", set_trainable_layers, model, args.num_layers_unfrozen)
+    set_trained(model, args, model_args.model_name_or_path, checkpoint)
     normalizer = build_normalizer(model_args)
     return RewardTrainer(args, model, tokenizer, train_set, eval_set, checkpoint, normalizer=normalizer)
 

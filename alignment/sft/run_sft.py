@@ -9,7 +9,6 @@ from typing import Any
 if __name__ == "__main__":  # run by path: `import alignment` and `import data` mean this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from alignment.ppo.models.freezing import set_trainable_layers
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.tokenizer import load_tokenizer
@@ -18,7 +17,7 @@ from alignment.runtime.faults import run_main
 from alignment.sft.arguments import GROUPS
 from alignment.sft.trainer import SFTTrainer
 from alignment.training.checkpoint import find_checkpoint
-from alignment.training.setup import load_data, load_named, weight_dtype
+from alignment.training.setup import load_data, load_named, model_source, set_trained, weight_dtype
 from alignment.training.stage import run_stage
 from data import SupervisedDataset
 
@@ -26,13 +25,13 @@ from data import SupervisedDataset
 def build_trainer(model_args: Any, data_args: Any, args: Any) -> SFTTrainer:
     """Data first, for it fails fast; then the model, from the checkpoint where the run is resumed."""
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    source = checkpoint or model_args.model_name_or_path
+    source = model_source(args, model_args.model_name_or_path, checkpoint)
     tokenizer = load_named("model_name_or_path", load_tokenizer, source)
     train_set, eval_set = load_data(SupervisedDataset, data_args, args, tokenizer)
     model = load_named(
         "model_name_or_path", load_policy, source, weight_dtype(args), args.recompute, Placement.here()
     )
-    load_named("num_layers_unfrozen", set_trainable_layers, model, args.num_layers_unfrozen)
+    set_trained(model, args, model_args.model_name_or_path, checkpoint)
     return SFTTrainer(args, model, tokenizer, train_set, eval_set, checkpoint)
 
 

@@ -13,6 +13,7 @@ from paddlenlp.trainer import TrainingArguments
 
 from alignment.parallel.layout import resolve_layout
 from alignment.parallel.topology import join
+from alignment.ppo.models.lora import TARGETS as LORA_TARGETS
 from alignment.runtime.argument_fields import argument
 from alignment.runtime.bootstrap import configure_paddle
 from alignment.runtime.faults import UsageError, process_count
@@ -132,6 +133,18 @@ class StageArguments(TrainingArguments):
         group="Precision and memory",
         ge=-1,
     )
+    lora: bool = argument(
+        False,
+        "Keep the model's own weights and train low-rank adapters beside them; PPO's models then share those weights.",
+        group="LoRA",
+    )
+    lora_rank: int = argument(8, "Rank of the adapters.", group="LoRA", ge=1)
+    lora_alpha: int | None = argument(
+        None, "Adapters count lora_alpha / lora_rank times; default: 2 * lora_rank.", group="LoRA", ge=1
+    )
+    lora_target_modules: list[str] = argument(
+        list, "Linear layers that get adapters; default: all of these.", group="LoRA", choices=LORA_TARGETS
+    )
     device: str = argument(
         "auto",
         "Where to compute; auto takes the GPU if there is one.",
@@ -184,12 +197,21 @@ class StageArguments(TrainingArguments):
                 "load_best_model_at_end": (False,),
             },
         )
+        _settle_lora(values)
         if values["data_seed"] is None:
             values["data_seed"] = values["seed"]
         if "all" in values["report_to"]:
             values["report_to"] = ["visualdl", "tensorboard"]
         values["report_to"] = [name for name in dict.fromkeys(values["report_to"]) if name != "none"]
         _validate_evaluation(values)
+
+
+def _settle_lora(values: dict[str, Any]) -> None:
+    values["lora_alpha"] = values["lora_alpha"] or 2 * values["lora_rank"]
+    values["lora_target_modules"] = list(dict.fromkeys(values["lora_target_modules"])) or list(LORA_TARGETS)
+    for name in ("num_layers_unfrozen", "critic_num_layers_unfrozen"):
+        if values["lora"] and values.get(name) not in (None, -1):
+            raise UsageError(f'"{name}": {values[name]} does not go with "lora": true; set it to null')
 
 
 def _validate_evaluation(values: dict[str, Any]) -> None:

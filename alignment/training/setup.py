@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,11 @@ from typing import Any
 
 import paddle
 
+from alignment.ppo.models.adapters import ADAPTERS, is_adapter, resume_adapters
+from alignment.ppo.models.freezing import set_trainable_layers
+from alignment.ppo.models.loading import resolve_model_directory
+from alignment.ppo.models.lora import Base, LoRASettings, add_adapters
+from alignment.ppo.models.weights import weights_sha256
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import METRICS_FILE, is_main_process
@@ -74,6 +80,37 @@ def load_named(key: str, load: Callable[..., Any], *args: Any, **kwargs: Any) ->
         return load(*args, **kwargs)
     except UsageError as fault:
         raise UsageError(f'"{key}": {fault}') from fault
+
+
+def model_source(args: Any, name: str, checkpoint: Path | None) -> str | Path:
+    """What a supervised stage's weights are read from: ``name``; to resume without LoRA, the checkpoint.
+
+    Raises: UsageError if ``checkpoint`` was written with LoRA and the run is without, or the other way round.
+    """
+    check_resumes_alike(args, checkpoint)
+    return name if args.lora or checkpoint is None else checkpoint
+
+
+def check_resumes_alike(args: Any, checkpoint: Path | None) -> None:
+    """Raises UsageError unless the run to resume (None: none) had adapters as this one has."""
+    if checkpoint is not None and is_adapter(checkpoint / ADAPTERS) != args.lora:
+        now, then = json.dumps(args.lora), json.dumps(not args.lora)
+        raise UsageError(f'"lora": {now}, but {checkpoint} was trained with {then}')
+
+
+def set_trained(model: paddle.nn.Layer, args: Any, name: str, checkpoint: Path | None) -> None:
+    """Have a supervised stage's model train what the arguments say: adapters, or all or the upper of its own layers.
+
+    Args: name: the model it was read from without a checkpoint; checkpoint: what to resume from, or None.
+    """
+    settings = LoRASettings.from_arguments(args)
+    if settings is None:
+        load_named("num_layers_unfrozen", set_trainable_layers, model, args.num_layers_unfrozen)
+        return
+    directory = resolve_model_directory(name)
+    add_adapters(model, settings, Base(directory, weights_sha256(directory)), args.seed)
+    if checkpoint is not None:
+        load_named("resume_from_checkpoint", resume_adapters, model, checkpoint)
 
 
 def check_positions(key: str, model: paddle.nn.Layer, tokens: int) -> None:

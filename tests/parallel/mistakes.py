@@ -5,6 +5,7 @@ from __future__ import annotations
 import paddle
 
 from alignment.parallel import autograd, collectives, topology
+from alignment.ppo.models import lora
 from alignment.training import engine
 
 
@@ -15,6 +16,7 @@ def make(name: str) -> None:
         "no_tied_sum": _forget_tied_sum,
         "no_copy_gradient": _forget_copy_gradient,
         "no_norm_sum": _forget_norm_sum,
+        "same_slices": _draw_same_slices,
     }[name]()
 
 
@@ -47,3 +49,8 @@ def _forget_norm_sum() -> None:
     """The gradient is clipped by the length of this process's part."""
     add = collectives.sum_tensors
     engine.sum_tensors = lambda tensors, group: None if group == "world" else add(tensors, group)
+
+
+def _draw_same_slices() -> None:
+    """Tensor-parallel processes take the same rows of an adapter's A."""
+    lora.own_slice = lambda whole, parameter, placement: whole[: parameter.shape[0]]

@@ -52,7 +52,11 @@ def test_every_argument_file_can_be_planned(file):
     options, sizes = read_arguments([str(file), "--processes", "4", "--max_length", "100"])
     assert (options.processes, sizes.max_length) == (4, 100)
     stage = "ppo" if sizes.actor_model_name_or_path else file.name[: file.name.index("_")]
-    assert plan(stage, sizes, find_shapes(stage, sizes, str(SHAPES / "llama2-7b")), 4).memory
+    shapes = find_shapes(stage, sizes, str(SHAPES / "llama2-7b"))
+    if sizes.lora:
+        with pytest.raises(UsageError, match='"lora": true is not planned'):
+            plan(stage, sizes, shapes, 4)
+    assert plan(stage, replace(sizes, lora=False), shapes, 4).memory
 
 
 def test_a_run_can_give_all_its_arguments():

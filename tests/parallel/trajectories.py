@@ -34,7 +34,7 @@ from alignment.sft.arguments import GROUPS as SFT_GROUPS  # noqa: E402
 from alignment.sft.run_sft import build_trainer as build_sft  # noqa: E402
 from alignment.training.stage import run_stage  # noqa: E402
 from tests.parallel import mistakes  # noqa: E402
-from tests.stages import ARGUMENTS, write_project, write_reward_model, write_tiny_model  # noqa: E402
+from tests.stages import ARGUMENTS, write_adapted_reward_model, write_project, write_reward_model, write_tiny_model  # noqa: E402
 
 GLOBAL_BATCH, PROMPTS = 8, 4
 # 4 optimizer steps; 21 and 7 samples leave an uneven last batch in each epoch.
@@ -49,6 +49,7 @@ MODELS = {  # 292 tokens divide by 2 and 4; 289, what the tokenizer has, do not:
     "qwen2_tied": {"family": "qwen2", "tied": True, "vocab_size": 292},
     "qwen2_untied": {"family": "qwen2", "tied": False, "vocab_size": 289},
 }
+LORA = {"lora": True, "lora_rank": 2, "learning_rate": 2e-2}
 VARIANTS = {  # name: (stage, arguments)
     "sft": ("sft", SUPERVISED),
     "sft_frozen": ("sft", SUPERVISED | {"num_layers_unfrozen": 1}),
@@ -56,6 +57,10 @@ VARIANTS = {  # name: (stage, arguments)
     "rm_tokens": ("rm", REWARD | {"loss_type": "token-wise"}),
     "ppo": ("ppo", ONLINE | {"reward_model_name_or_path": "reward_model", "critic_num_layers_unfrozen": 2}),
     "apa": ("ppo", ONLINE | {"policy_loss": "apa", "kl_controller": "adaptive", "kl_target": 0.01, "kl_horizon": 50}),
+    "sft_lora": ("sft", SUPERVISED | LORA),
+    "rm_lora": ("rm", REWARD | LORA),
+    "ppo_lora": ("ppo", ONLINE | LORA | {"reward_model_name_or_path": "adapted_reward_model"}),
+    "apa_lora": ("ppo", ONLINE | LORA | {"policy_loss": "apa", "lora_target_modules": ["q_proj", "down_proj"]}),
     "awr": ("ppo", ONLINE | {"policy_loss": "awr", "awr_weight_clip": 2.0}),
 }
 LEVELS = [" ".join(words) for n in range(len(OFFLOAD_LEVELS) + 1) for words in combinations(OFFLOAD_LEVELS, n)]
@@ -70,6 +75,7 @@ SETS = {
         "apa-qwen2_untied",
     ],
     "full": [f"{variant}-{model}" for variant in VARIANTS for model in MODELS],
+    "lora": ["sft_lora-llama_tied", "rm_lora-qwen2_untied", "ppo_lora-llama_tied", "apa_lora-qwen2_tied"],
     "rl": ["ppo-llama_tied"],
     "supervised": ["sft-llama_tied"],
     "offload": [f"{variant}-llama_tied" for variant in OFFLOADED],
@@ -83,12 +89,13 @@ BUILDERS = {
 
 
 def write_models(folder: Path) -> Path:
-    """A user's project (tests.stages) with every model of MODELS and a reward model."""
+    """A user's project (tests.stages) with every model of MODELS, and reward models: a whole one, one of adapters."""
     write_project(folder)
     for name, options in MODELS.items():
         write_tiny_model(folder / name, num_hidden_layers=3, **options)
         write_tiny_model(folder / f"{name}_wide", num_hidden_layers=3, scale=1.0, **options)
     write_reward_model(folder / "reward_model", num_hidden_layers=3, **MODELS["llama_tied"])
+    write_adapted_reward_model(folder / "adapted_reward_model", folder / "llama_tied")
     return folder
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignment.ppo.models.lora import Base, LoRASettings, adapted_layers, add_adapters
 from alignment.ppo.rollout.choose import build_engine
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.fused import FusedRolloutEngine
@@ -70,6 +71,18 @@ def _rows(rollout: Rollout, name: str, rows: np.ndarray) -> np.ndarray:
     """Without the columns that only dropped answers need."""
     array = getattr(rollout, name)[rows]
     return array if array.ndim == 1 else array[:, : rollout.response_mask[rows].sum(-1).max()]
+
+
+@pytest.mark.parametrize("engine", [native, plain], ids=["native", "plain"])
+def test_adapters_are_part_of_the_weights(tmp_path, engine):
+    policy = tiny_policy(tmp_path, "qwen2")
+    base = native(policy.model, 12).generate(*make_prompts(), SAMPLING)
+    add_adapters(policy.model, LoRASettings(rank=2, alpha=4), Base(tmp_path, ""), seed=1)
+    for number, (_, layer) in enumerate(adapted_layers(policy.model)):
+        layer.lora_B.set_value(np.random.default_rng(number).normal(0, 0.3, layer.lora_B.shape).astype("float32"))
+    expected = EagerRolloutEngine(policy.model, 12).generate(*make_prompts(), SAMPLING)
+    assert_same_answers(engine(policy.model, 12).generate(*make_prompts(), SAMPLING), expected)
+    assert (expected.response_ids[:, :1] != base.response_ids[:, :1]).any()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -10,6 +10,7 @@ import pytest
 from paddlenlp.trainer import TrainingArguments
 
 from alignment.parallel.layout import Layout, resolve_layout
+from alignment.ppo.models.lora import TARGETS
 from alignment.runtime.argument_fields import UNUSED_GROUP, arguments_of
 from alignment.runtime.arguments import build_parser, parse, resolve
 from alignment.runtime.document_arguments import SCRIPTS, render_page
@@ -50,6 +51,19 @@ PADDLENLP_RM = {
 COMMON = {"output_dir": "out", "train_datasets": "x", "eval_datasets": "y"}
 
 
+def test_lora_settles_scale_and_layers():
+    values = resolve([*PPO, "--lora=true", "--lora_rank=4", "--num_layers_unfrozen=-1"], GROUPS["ppo"])
+    assert values["lora_alpha"] == 8
+    assert values["lora_target_modules"] == list(TARGETS)
+    values = resolve([*PPO, "--lora_alpha=3", "--lora_target_modules=k_proj,q_proj,k_proj"], GROUPS["ppo"])
+    assert not values["lora"] and values["lora_alpha"] == 3 and values["lora_target_modules"] == ["k_proj", "q_proj"]
+
+
+@pytest.mark.parametrize("name", ["num_layers_unfrozen", "critic_num_layers_unfrozen"])
+def test_lora_trains_no_layers(name):
+    assert f'"{name}": 2 does not go with "lora": true' in refused("--lora=true", f"--{name}=2")
+
+
 def refused(*options: str) -> str:
     with pytest.raises(UsageError) as caught:
         resolve([*PPO, *options], GROUPS["ppo"])
@@ -58,7 +72,7 @@ def refused(*options: str) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_file_resolves_and_every_key_in_it_counts(path, capsys):
-    stage = path.stem.removesuffix("_argument")
+    stage = path.stem.removesuffix("_argument").removesuffix("_lora")
     groups = GROUPS[stage if stage in GROUPS else "ppo"]
     values = resolve([str(path)], groups)
     assert capsys.readouterr().err == ""
@@ -71,8 +85,11 @@ def test_every_config_file_resolves_and_every_key_in_it_counts(path, capsys):
 
 def test_each_model_has_every_stage():
     stages = {f"{stage}_argument" for stage in ("sft", "rm", "ppo", "apa", "awr")}
+    lora = {"rm_lora_argument", "ppo_lora_argument"}
     assert {path.parent.name: {p.stem for p in CONFIGS if p.parent == path.parent} for path in CONFIGS} == {
-        model: stages for model in ("llama", "qwen", "smollm2")
+        "llama": stages,
+        "qwen": stages,
+        "smollm2": stages | lora,
     }
 
 

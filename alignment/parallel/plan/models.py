@@ -81,8 +81,10 @@ def models_of(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], layout
     """The models that the stage holds at once, trained ones first.
 
     Args: shapes: by argument, as ``find_shapes`` gives them.
-    Raises: UsageError for a model that the layout cannot divide, or more unfrozen layers than it has.
+    Raises: UsageError for a model that the layout cannot divide, more unfrozen layers than it has, or LoRA.
     """
+    if sizes.lora:
+        raise UsageError('"lora": true is not planned: set it to false for an upper bound')
     for key, shape in shapes.items():
         try:
             check_model(shape, layout.tensor, layout.pipeline)

@@ -35,6 +35,12 @@ def set_trainable_layers(model: paddle.nn.Layer, num_layers_unfrozen: int | None
     return int(sum(np.prod(parameter.shape) for parameter in model.parameters() if parameter.trainable))
 
 
+def freeze(model: paddle.nn.Layer) -> None:
+    """Train nothing of the model."""
+    for parameter in model.parameters():
+        parameter.trainable = False
+
+
 def _unfreeze(layer: paddle.nn.Layer) -> None:
     for parameter in layer.parameters():
         parameter.trainable = True

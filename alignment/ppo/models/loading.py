@@ -14,6 +14,7 @@ from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE,
 from alignment.ppo.models.cpu import speed_up_on_cpu
 from alignment.ppo.models.default import DEFAULT_MODEL_ALIASES, ensure_default_model
 from alignment.ppo.models.placement import WHOLE, Placement, configure, follow_lengths, keep_stage
+from alignment.ppo.models.sharing import build_sharing, share_rotary_tables
 from alignment.ppo.models.tokenizer_files import TOKENIZER_FILES
 from alignment.ppo.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
@@ -24,7 +25,11 @@ _CAUSAL = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
 
 
 def load_policy(
-    name_or_path: str | Path, dtype: str = "float32", recompute: bool = False, placement: Placement = WHOLE
+    name_or_path: str | Path,
+    dtype: str = "float32",
+    recompute: bool = False,
+    placement: Placement = WHOLE,
+    shared: paddle.nn.Layer | None = None,
 ) -> paddle.nn.Layer:
     """A PaddleNLP Llama or Qwen2 causal language model with every weight read from safetensors.
 
@@ -34,6 +39,7 @@ def load_policy(
         dtype: "float32", on a GPU also "bfloat16" or "float16".
         recompute: recompute activations of each layer in the backward pass instead of keeping them.
         placement: the part of the model to build and read; default: all of it.
+        shared: a policy that was read from there already: its parameters serve this one too, and nothing is read.
     Returns: the model in training mode, all parameters trainable.
     Raises:
         UsageError: directory, config.json or weights missing, corrupt, of an unsupported kind, or a score model.
@@ -43,6 +49,8 @@ def load_policy(
     if stored_architecture(directory) == SCORE_ARCHITECTURE[config.model_type]:
         raise UsageError(f"{directory}: a score model (reward or critic) cannot serve as a language model")
     config.architectures = [CAUSAL_ARCHITECTURE[config.model_type]]
+    if shared is not None:
+        return build_sharing(lambda: build_policy(config, dtype, recompute, placement), shared)
     model = build_policy(config, dtype, recompute, placement)
     tied = {TIED_HEAD} if config.tie_word_embeddings else set()
     files = WeightFiles(directory)
@@ -85,20 +93,13 @@ def build(
         config.num_hidden_layers = count
     body = getattr(model, model.base_model_prefix, model)
     keep_stage(model, body, placement, count)
-    _share_rotary_tables(body)
+    share_rotary_tables(body)
     if placement.sequence_parallel:
         follow_lengths(body)
     speed_up_on_cpu(model)
     if recompute:
         model.recompute_enable()
     return model
-
-
-def _share_rotary_tables(body: paddle.nn.Layer) -> None:
-    """Keep one table of cosines and sines: PaddleNLP gives every layer its own, of the default model 126 MB in all."""
-    attentions = [layer for layer in body.sublayers() if hasattr(layer, "rotary_emb")]
-    for attention in attentions[1:]:
-        attention.rotary_emb = attentions[0].rotary_emb
 
 
 def stored_architecture(directory: Path) -> str | None:

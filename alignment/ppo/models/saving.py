@@ -8,9 +8,10 @@ from typing import Any
 
 import paddle
 
-from alignment.ppo.models.adapters import is_adapter_part
+from alignment.ppo.models.adapters import ADAPTERS, save_adapters
 from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE, config_fields
 from alignment.ppo.models.loading import TIED_HEAD
+from alignment.ppo.models.lora import is_adapted
 from alignment.ppo.models.value import ScoreModel
 from alignment.ppo.models.weights import huggingface_weights, write_weights
 from alignment.runtime.metrics import is_main_process
@@ -28,17 +29,18 @@ def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dt
     ``dtype`` ("float32", "bfloat16", "float16") asks for a cast.
 
     Args:
-        model: a policy (its LoRA adapters merged, if it has any) or a score model.
+        model: a policy or a score model; where it has LoRA adapters, they are merged into these weights and stand
+            once more, as they are, in the sub-directory ``adapters``.
         tokenizer: from ``load_tokenizer``; None: no tokenizer files.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = model.config
-    skip = {name for name in model.state_dict() if is_adapter_part(name)}
-    if config.tie_word_embeddings:
-        skip.add(TIED_HEAD)
+    skip = {TIED_HEAD} if config.tie_word_embeddings else set()
     weights = huggingface_weights(model, skip, dtype)
     write_weights(weights, directory)
+    if is_adapted(model):
+        save_adapters(model, directory / ADAPTERS)
     if not is_main_process():
         return
     stored = str(next(iter(weights.values())).dtype).removeprefix("paddle.")

@@ -13,6 +13,7 @@ from alignment.ppo.models.config import SCORE_ARCHITECTURE, read_config
 from alignment.ppo.models.loading import TIED_HEAD, build, resolve_model_directory
 from alignment.ppo.models.placement import WHOLE, Placement
 from alignment.ppo.models.policy import hidden_states
+from alignment.ppo.models.sharing import build_sharing
 from alignment.ppo.models.weights import WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
 
@@ -79,6 +80,7 @@ def load_value(
     do_normalize: bool | None = None,
     seed: int = 0,
     placement: Placement = WHOLE,
+    shared: nn.Layer | None = None,
 ) -> ScoreModel:
     """A score model from a saved one, or from a causal language model, whose head is then new.
 
@@ -88,6 +90,7 @@ def load_value(
         require_head: refuse a directory without a score head (a reward model must be a trained one).
         do_normalize: apply the saved score statistics; None: as saved for a reward model, never for a critic.
         seed: fixes a new head's values.
+        shared: a transformer with these weights: its parameters serve this model too, and only the head is read.
     Raises:
         UsageError: as ``load_policy``; no score head although one is required; statistics that cannot be applied.
     """
@@ -100,11 +103,14 @@ def load_value(
     if require_head and not has_head:
         raise UsageError(f"{directory}: not a reward model (its weights have no {HEAD}); train one with run_reward.py")
     config.architectures = [SCORE_ARCHITECTURE[config.model_type]]
-    model = build_score_model(config, score_type, dtype, recompute, placement)
+    model = build_score_model(config, score_type, dtype, recompute, placement, shared)
     head = {HEAD}
-    load_weights(
-        model, files, "trunk", heads=head if has_head else (), skip=() if has_head else head, ignore={TIED_HEAD}
-    )
+    if shared is None:
+        load_weights(
+            model, files, "trunk", heads=head if has_head else (), skip=() if has_head else head, ignore={TIED_HEAD}
+        )
+    elif has_head and placement.is_last:
+        set_head(model, files.read(HEAD))
     model.head_is_new = not has_head
     if not has_head and placement.is_last:
         initialize_head(model, seed)
@@ -118,18 +124,35 @@ def build_score_model(
     dtype: str,
     recompute: bool = False,
     placement: Placement = WHOLE,
+    shared: nn.Layer | None = None,
 ) -> ScoreModel:
-    """This process's part of an untrained score model in ``dtype``."""
-    trunk = build(_TRUNKS[config.model_type], config, dtype, recompute, placement)
-    return ScoreModel(trunk, score_type).to(dtype=dtype)
+    """This process's part of an untrained score model in ``dtype``, on the parameters of ``shared`` if it is given."""
+
+    def build_trunk() -> nn.Layer:
+        return build(_TRUNKS[config.model_type], config, dtype, recompute, placement)
+
+    model = ScoreModel(build_trunk() if shared is None else build_sharing(build_trunk, shared), score_type)
+    if placement.is_last:
+        model.score_head.to(dtype=dtype)
+    return model
+
+
+def set_head(model: ScoreModel, values: paddle.Tensor) -> None:
+    """Fill the head from ``values``, [H, 1] or as Hugging Face stores it [1, H].
+
+    Raises: UsageError for another size.
+    """
+    weight = model.score_head.weight
+    if values.size != weight.size:
+        raise UsageError(f"{HEAD} has shape {values.shape}, the model needs {weight.shape}")
+    weight.set_value(values.reshape(weight.shape).astype(weight.dtype))
 
 
 def initialize_head(model: ScoreModel, seed: int) -> None:
     """Draw the head from N(0, 1/(H+1)) (Stiennon et al. 2020, "Learning to summarize from human feedback", app. B)."""
     hidden = model.config.hidden_size
     values = np.random.default_rng(seed).normal(0.0, (hidden + 1) ** -0.5, size=[hidden, 1])
-    weight = model.score_head.weight
-    weight.set_value(paddle.to_tensor(values, dtype="float32").astype(weight.dtype))
+    set_head(model, paddle.to_tensor(values, dtype="float32"))
 
 
 def _restore_statistics(model: ScoreModel, config: PretrainedConfig, directory: Path, wanted: bool | None) -> None:

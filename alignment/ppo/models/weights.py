@@ -14,6 +14,7 @@ Hugging Face keeps linear layers as [out, in], Paddle as [in, out]. A tied ``lm_
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.paddle import save_file
 
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.topology import topology
+from alignment.ppo.models.lora import plain_parameters
 from alignment.ppo.models.placement import is_copy, merged, names_of_all_layers, own_slice, split_axis
 from alignment.runtime.bootstrap import tensor_views
 from alignment.runtime.faults import UsageError
@@ -32,6 +34,7 @@ from alignment.runtime.metrics import is_main_process
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LINEAR = ("_proj.weight", "lm_head.weight", "score_head.weight")
+_BLOCK = 1 << 24  # bytes read at once
 _COMPUTED = ("rotary_emb.inv_freq",)  # old checkpoints store this constant; it is computed here
 
 
@@ -53,6 +56,7 @@ class WeightFiles:
     """
 
     single, index = SINGLE_FILE, INDEX_FILE
+    always_indexed = False
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -85,6 +89,22 @@ class AdapterFiles(WeightFiles):
     """The same for LoRA adapters, as PaddleNLP names them."""
 
     single, index = "peft_model.safetensors", "peft_model.safetensors.index.json"
+    always_indexed = True  # without one PaddleNLP looks for its pickles
+
+
+def weights_sha256(directory: Path) -> str:
+    """SHA-256 of a model directory's weight files, in hexadecimal. Every process calls it, the main one reads them."""
+    own = _sha256(_weight_files(directory, SINGLE_FILE, INDEX_FILE)) if is_main_process() else None
+    return gather_objects(own, "world")[0]
+
+
+def _sha256(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _weight_files(directory: Path, single: str, index: str) -> list[Path]:
@@ -168,17 +188,17 @@ def _check_names(directory: Path, wanted: set[str], stored: set[str], ignore: se
 def huggingface_weights(
     model: paddle.nn.Layer, skip: Iterable[str] = (), dtype: str | None = None
 ) -> dict[str, paddle.Tensor]:
-    """This stage's tensors, merged over tensor parallelism, under Hugging Face names and in that orientation.
+    """This stage's tensors, whole and with adapters merged, under Hugging Face names and in that orientation.
 
     Every process of the job calls it; those that do not write (see ``is_writer``) get an empty dictionary.
 
     Args: skip: names of ``model.state_dict()`` to leave out; dtype: to cast to.
     """
     weights = {}
-    for name, parameter in model.state_dict().items():
+    for name, parameter, read in plain_parameters(model):
         if name in skip or is_copy(name, model):
             continue
-        value = merged(parameter.detach(), split_axis(parameter))
+        value = merged(read(), split_axis(parameter))
         if is_writer():
             value = value.astype(dtype) if dtype else value
             value = value.transpose([1, 0]) if is_linear(name) else value
@@ -191,19 +211,22 @@ def is_writer() -> bool:
     return topology().data_rank == 0 and topology().tensor_rank == 0
 
 
-def write_weights(weights: dict[str, paddle.Tensor], directory: Path) -> None:
-    """Write ``model.safetensors``, or a part of it for each pipeline stage with its index. Every process calls it.
+def write_weights(
+    weights: dict[str, paddle.Tensor], directory: Path, files: type[WeightFiles] = WeightFiles, form: str = "pt"
+) -> None:
+    """Write one file, or a part of it for each pipeline stage with an index. Every process calls it.
 
-    The metadata says "pt", which transformers asks for and PaddleNLP recognises.
+    Args: files: their kind, which names them; form: for their metadata: "pt", which transformers asks for and
+        PaddleNLP recognises, or PaddleNLP's own "np".
     """
     place = topology()
     parts = gather_objects(list(weights), "pipe")
-    path = directory / part_name(SINGLE_FILE, place.stage, place.layout.pipeline)
+    path = directory / part_name(files.single, place.stage, place.layout.pipeline)
     if is_writer():
-        save_file(weights, str(path), metadata={"format": "pt"})
+        save_file(weights, str(path), metadata={"format": form})
         path.chmod(0o644)  # safetensors creates 0600
     if is_main_process():
-        write_index(directory / INDEX_FILE, SINGLE_FILE, parts)
+        write_index(directory / files.index, files.single, parts, files.always_indexed)
 
 
 def part_name(file: str, part: int, parts: int) -> str:
@@ -212,8 +235,8 @@ def part_name(file: str, part: int, parts: int) -> str:
     return file if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.{ending}"
 
 
-def write_index(path: Path, file: str, parts: list[list[str]]) -> None:
-    """The index of a ``file`` in several parts: which tensor is in which. A whole file needs none."""
-    if len(parts) > 1:
+def write_index(path: Path, file: str, parts: list[list[str]], always: bool = False) -> None:
+    """The index of a ``file`` in several parts: which tensor is in which. A whole file has one only if ``always``."""
+    if len(parts) > 1 or always:
         owner = {name: part_name(file, i, len(parts)) for i, names in enumerate(parts) for name in names}
         path.write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(owner.items()))}, indent=2) + "\n")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import paddle
 
+from alignment.ppo.models.lora import effective_weight
 from alignment.ppo.models.policy import trunk
 
 
@@ -31,10 +32,11 @@ class DecoderLayer:
 class Decoder:
     """This process's part of a model; ``heads``, ``groups`` (key/value heads) and ``inner`` count what is here.
 
+    layers: read at each access: who packs one after the other never has all of a model's merged adapters in memory.
     norm, head: None but on the last stage. head: [hidden, columns], or [columns, hidden] where ``head_is_transposed``.
     """
 
-    layers: list[DecoderLayer]
+    layers: Sequence[DecoderLayer]
     embed: Callable[[paddle.Tensor], paddle.Tensor]
     norm: paddle.Tensor | None
     head: paddle.Tensor | None
@@ -51,9 +53,8 @@ class Decoder:
 
 
 def read_decoder(model: paddle.nn.Layer) -> Decoder:
-    """The current weights of a model that ``alignment.ppo.models`` loaded, not copied."""
+    """The current weights of a model that ``alignment.ppo.models`` loaded, not copied unless adapters change them."""
     body, config, placement = trunk(model), model.config, model.placement
-    layers = [_read_layer(layer) for layer in body.layers]
     size = config.hidden_size // config.num_attention_heads
     head = model.lm_head if placement.is_last else None
     columns = 0 if head is None else head.weight.shape[0 if head.transpose_y else 1]
@@ -65,7 +66,7 @@ def read_decoder(model: paddle.nn.Layer) -> Decoder:
         return tuple(np.ascontiguousarray(part.numpy().reshape([-1, size])[:length]) for part in pair)
 
     return Decoder(
-        layers=layers,
+        layers=_Layers(list(body.layers)),
         embed=getattr(body, "embed_tokens", None),
         norm=body.norm.weight if placement.is_last else None,
         head=None if head is None else head.weight,
@@ -74,7 +75,7 @@ def read_decoder(model: paddle.nn.Layer) -> Decoder:
         heads=config.num_attention_heads // placement.tensor,
         groups=config.num_key_value_heads // placement.tensor,
         size=size,
-        inner=layers[0].down.shape[0],
+        inner=config.intermediate_size // placement.tensor,
         columns=columns,
         epsilon=config.rms_norm_eps,
         dtype=config.dtype,
@@ -82,15 +83,26 @@ def read_decoder(model: paddle.nn.Layer) -> Decoder:
     )
 
 
+class _Layers(Sequence):
+    def __init__(self, layers: list[paddle.nn.Layer]) -> None:
+        self.layers = layers
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, number: int) -> DecoderLayer:
+        return _read_layer(self.layers[number])
+
+
 def _read_layer(layer: paddle.nn.Layer) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     return DecoderLayer(
         attention_norm=layer.input_layernorm.weight,
-        qkv=[projection.weight for projection in projections],
+        qkv=[effective_weight(projection) for projection in projections],
         qkv_bias=[projection.bias for projection in projections if projection.bias is not None],
-        output=attention.o_proj.weight,
+        output=effective_weight(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=[mlp.gate_proj.weight, mlp.up_proj.weight],
-        down=mlp.down_proj.weight,
+        gate_up=[effective_weight(mlp.gate_proj), effective_weight(mlp.up_proj)],
+        down=effective_weight(mlp.down_proj),
     )

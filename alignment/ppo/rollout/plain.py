@@ -28,10 +28,11 @@ class PaddleKernels:
         operations: Operations,
     ) -> None:
         self.decoder, self.sum_parts, self.operations = decoder, sum_parts, operations
+        self.layers = list(decoder.layers)
         self.table = tuple(paddle.to_tensor(part) for part in decoder.rotary(longest))
         cache = [places, decoder.groups, decoder.size]
         self.keys, self.values = (
-            [paddle.empty(cache, dtype=decoder.dtype) for _ in decoder.layers] for _ in range(2)
+            [paddle.empty(cache, dtype=decoder.dtype) for _ in self.layers] for _ in range(2)
         )
 
     def begin(self, positions: np.ndarray, slots: np.ndarray, tables: np.ndarray) -> None:
@@ -50,7 +51,7 @@ class PaddleKernels:
 
     def attention(self, layer: int, hidden: paddle.Tensor) -> paddle.Tensor:
         """See Kernels.attention."""
-        d, weights = self.decoder, self.decoder.layers[layer]
+        d, weights = self.decoder, self.layers[layer]
         normed = self.operations.rms_norm(hidden, weights.attention_norm, d.epsilon)
         parts = [paddle.matmul(normed, weight) for weight in weights.qkv]
         if weights.qkv_bias:
@@ -68,7 +69,7 @@ class PaddleKernels:
 
     def mlp(self, layer: int, hidden: paddle.Tensor) -> paddle.Tensor:
         """See Kernels.mlp."""
-        weights: DecoderLayer = self.decoder.layers[layer]
+        weights: DecoderLayer = self.layers[layer]
         normed = self.operations.rms_norm(hidden, weights.mlp_norm, self.decoder.epsilon)
         inner = self.operations.swiglu(*(paddle.matmul(normed, weight) for weight in weights.gate_up))
         return self._add(hidden, paddle.matmul(inner, weights.down))
