@@ -67,6 +67,13 @@ def test_the_time_it_takes_is_recorded(single):
         assert len(seconds) == ONLINE["max_steps"] and min(seconds) > 0
 
 
+def test_with_a_shared_base(project):
+    """What LoRA's models share stays, the rest comes and goes."""
+    out = SINGLE.run(project, project / "lora", "offload_lora")
+    plain, offloaded = SETS["offload_lora"]
+    assert_same_bits(out / plain, out / offloaded)
+
+
 def test_resume(project, single):
     SINGLE.run(project, project / "resumed", "offload_all", "--resume", single)
     for scenario in SETS["offload_all"]:

@@ -65,6 +65,7 @@ VARIANTS = {  # name: (stage, arguments)
 }
 LEVELS = [" ".join(words) for n in range(len(OFFLOAD_LEVELS) + 1) for words in combinations(OFFLOAD_LEVELS, n)]
 OFFLOADED = {f"offload{i}": ("ppo", VARIANTS["ppo"][1] | {"offload_level": words}) for i, words in enumerate(LEVELS)}
+OFFLOADED_LORA = {"ppo_lora_offload": ("ppo", VARIANTS["ppo_lora"][1] | {"offload_level": LEVELS[-1]})}
 SETS = {
     "fast": [
         "sft-llama_tied",
@@ -79,6 +80,7 @@ SETS = {
     "rl": ["ppo-llama_tied"],
     "supervised": ["sft-llama_tied"],
     "offload": [f"{variant}-llama_tied" for variant in OFFLOADED],
+    "offload_lora": ["ppo_lora-llama_tied", "ppo_lora_offload-llama_tied"],
     "offload_all": ["offload0-llama_tied", f"offload{len(LEVELS) - 1}-llama_tied"],
 }
 BUILDERS = {
@@ -102,7 +104,7 @@ def write_models(folder: Path) -> Path:
 def arguments_of(scenario: str, out: Path) -> tuple[str, dict]:
     """Stage and arguments of "<variant>-<model>", but for batch sizes and layout."""
     variant, model = scenario.split("-")
-    stage, changes = (VARIANTS | OFFLOADED)[variant]
+    stage, changes = (VARIANTS | OFFLOADED | OFFLOADED_LORA)[variant]
     key = "actor_model_name_or_path" if stage == "ppo" else "model_name_or_path"
     if stage == "rm":  # whose scores differ: they are normalised by their deviation, and rounding with them
         model += "_wide"
