@@ -211,3 +211,8 @@ def test_models_of_other_shapes_share_nothing(base, tmp_path):
     other = write_checkpoint(tmp_path / "other", config, random_weights(config))
     with pytest.raises(UsageError, match="layers.0.mlp.gate_proj.weight, so they cannot share"):
         load_policy(other, shared=load_policy(base))
+
+
+def test_the_layers_of_a_model_read_one_rotary_table(base):
+    layers = list(trunk(load_policy(base)).layers)
+    assert len({layer.self_attn.rotary_emb.cos_cached.data_ptr() for layer in layers}) == 1 < len(layers)
