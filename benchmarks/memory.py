@@ -1,11 +1,12 @@
-"""Peak resident memory of PPO on the default model, with a reward model of the same size, for each offload level.
+"""Peak resident memory of PPO on the default model, with a reward model of its size, by offload level and with LoRA.
 
     python -m benchmarks.memory [--json FILE] [--folder DIRECTORY] [--only NAME ...] [--key value ...]
 
 Every row of VARIANTS is a run of alignment/ppo/run_ppo.py in a process of its own, all four models float32 and all
-layers trained. Shown are the largest VmHWM that Linux reports of it, files that it has mapped included, its ratio to
-the first row, and seconds of its last iteration. With --json, FILE gets all of it and the resident memory over time,
-which a PNG beside it draws. --folder, for models and runs, must be on a disk: 10 GB. More pairs go to every run.
+layers trained, or with LoRA adapters beside all. Shown are the largest VmHWM that Linux reports of it, files that it
+has mapped included, its ratio to the first row, and seconds of its last iteration. With --json, FILE gets all of it
+and the resident memory over time, which a PNG beside it draws. --folder, for models and runs, must be on a disk:
+10 GB. More pairs go to every run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.machine import describe_machine
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ALL = "freeze_model optimizer train_model"
+LORA = {"lora": True, "num_layers_unfrozen": None}
 VARIANTS = {  # name: arguments of the run
     "none": {},
     "freeze_model": {"offload_level": "freeze_model"},
@@ -31,6 +33,9 @@ VARIANTS = {  # name: arguments of the run
     "freeze_model train_model": {"offload_level": "freeze_model train_model"},
     "optimizer train_model": {"offload_level": "optimizer train_model"},
     ALL: {"offload_level": ALL},
+    "recompute": {"recompute": True},
+    "lora": LORA,
+    "lora, recompute": LORA | {"recompute": True},
 }
 ARGUMENTS = {
     "actor_model_name_or_path": "smollm2-135m-instruct",
@@ -51,12 +56,18 @@ ARGUMENTS = {
     "disable_tqdm": True,
 }
 INTERVAL_S = 0.1  # between two looks at a process
-WRITE_REWARD_MODEL = """
+WRITE_REWARD_MODELS = """
 import sys
+from alignment.ppo.models.loading import resolve_model_directory
+from alignment.ppo.models.lora import Base, LoRASettings, add_adapters
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.models.tokenizer import load_tokenizer
 from alignment.ppo.models.value import load_value
-save_model(load_value("default", "reward", seed=1), load_tokenizer("default"), sys.argv[1])
+from alignment.ppo.models.weights import weights_sha256
+model, directory = load_value("default", "reward", seed=1), resolve_model_directory("default").resolve()
+save_model(model, load_tokenizer("default"), sys.argv[1])
+add_adapters(model, LoRASettings(rank=8, alpha=16), Base(directory, weights_sha256(directory)), seed=1)
+save_model(model, load_tokenizer("default"), sys.argv[1] + "_lora")
 """
 
 
@@ -87,7 +98,8 @@ def watch(command: list[str], log: Path) -> tuple[float, list[tuple[float, float
 def measure(name: str, folder: Path, overrides: list[str]) -> dict:
     """One row: a run and what it left behind."""
     with tempfile.TemporaryDirectory(dir=folder) as run:
-        values = ARGUMENTS | {"reward_model_name_or_path": str(folder / "rm"), "output_dir": f"{run}/out"}
+        reward_model = folder / ("rm_lora" if "lora" in VARIANTS[name] else "rm")
+        values = ARGUMENTS | {"reward_model_name_or_path": str(reward_model), "output_dir": f"{run}/out"}
         file = Path(run, "arguments.json")
         file.write_text(json.dumps(values | VARIANTS[name]))
         command = [sys.executable, "-u", "alignment/ppo/run_ppo.py", str(file), *overrides]
@@ -116,7 +128,7 @@ def draw(rows: list[dict], file: Path) -> None:
         seconds, resident = zip(*row["timeline"], strict=True)
         axes.plot(seconds, [mb / 1e3 for mb in resident], label=f"{row['name']}: {row['peak_mb'] / 1e3:.2f} GB", lw=1)
     axes.set(xlabel="seconds since the start", ylabel="resident memory, GB", ylim=(0, None))
-    axes.legend(title="offload_level: peak", fontsize="small", loc="lower right")
+    axes.legend(title="row: peak", fontsize="small", loc="lower right")
     figure.savefig(file, dpi=120)
 
 
@@ -128,9 +140,9 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     facts, rows = describe_machine(), []
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"{'offload_level':<36} {'peak MB':>8} {'ratio':>6} {'iteration s':>12} {'offload s':>10}", flush=True)
+    print(f"{'row':<36} {'peak MB':>8} {'ratio':>6} {'iteration s':>12} {'offload s':>10}", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder.resolve()) as folder:
-        subprocess.run([sys.executable, "-c", WRITE_REWARD_MODEL, f"{folder}/rm"], cwd=CHECKOUT, check=True)
+        subprocess.run([sys.executable, "-c", WRITE_REWARD_MODELS, f"{folder}/rm"], cwd=CHECKOUT, check=True)
         for name in options.only:
             row = measure(name, Path(folder), overrides)
             row["ratio"] = round(row["peak_mb"] / (rows[0] if rows else row)["peak_mb"], 3)
@@ -140,8 +152,9 @@ def main() -> None:
                 draw(rows, options.json.with_suffix(".png"))
             times = f"{row['iteration_s']:12.2f} {row['offload_s']:10.3f}"
             print(f"{name:<36} {row['peak_mb']:8} {row['ratio']:6.2f} {times}", flush=True)
-    same = all(row["metrics"] == rows[0]["metrics"] for row in rows)
-    print(f"metrics of all steps equal to the first row's, bit for bit: {'yes' if same else 'no'}")
+    levels = [row["metrics"] for row in rows if VARIANTS[row["name"]].keys() <= {"offload_level"}]
+    same = all(metrics == levels[0] for metrics in levels)
+    print(f"metrics of all steps at every offload level equal, bit for bit: {'yes' if same else 'no'}")
 
 
 if __name__ == "__main__":
