@@ -20,7 +20,9 @@ from alignment.ppo.rollout.operations import Operations, find_operations
 from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from tests.models.tiny import TinyPolicy, tiny_policy, tiny_tokenizer
+from tests.ppo.native import needs_compiler
 
+pytestmark = needs_compiler
 SAMPLING = SamplingParameters(max_new_tokens=9, eos_token_ids=(2, 11, 30, 31), pad_token_id=3)
 SYSTEM = [5, 6, 7, 8, 9]
 native = partial(FusedRolloutEngine, kernels=NativeKernels)

@@ -19,6 +19,7 @@ from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
 from tests.models.reference import logits
 from tests.models.tiny import TinyPolicy, answer_log_probs, log_softmax, tiny_policy
+from tests.ppo.native import needs_compiler
 
 PAD = 3
 LENGTHS = (1, 4, 9, 2, 4, 6)
@@ -45,7 +46,7 @@ ENGINES = {
 }
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=["eager", pytest.param("native", marks=needs_compiler), "plain"])
 def make_engine(request):
     """(model, batch size) -> engine."""
     return ENGINES[request.param]

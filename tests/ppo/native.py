@@ -1,0 +1,18 @@
+"""Whether this machine can compile the C++ kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignment.ppo.rollout.native.build import BuildError, load_library
+
+
+def _why_not() -> str | None:
+    try:
+        load_library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+needs_compiler = pytest.mark.skipif(_why_not() is not None, reason=f"C++ kernels: {_why_not()}")
