@@ -119,16 +119,16 @@ def test_training_moves_the_actor_and_the_critic_alone(project, monkeypatch):
     trainer = build_trainer(*parse(["lora.json"], GROUPS))
     models = trainer.models
     reward = models.rewards.sources["model"].model
-    frozen = {p.name: p.numpy() for model in (models.reference, reward) for p in model.parameters()}
+    frozen = {p.name: p.numpy() for model in (models.reference.model, reward) for p in model.parameters()}
     trained = {p.name: p.numpy() for m in (models.actor, models.critic) for p in adapter_parameters(m).values()}
     for iteration in (1, 2):
         trainer.iterate(iteration)
-    for model in (models.reference, reward, models.actor, models.critic):
+    for model in (models.reference.model, reward, models.actor, models.critic):
         for parameter in model.parameters():
             if parameter.name in frozen:
                 np.testing.assert_array_equal(parameter.numpy(), frozen[parameter.name])
             else:
                 assert (parameter.numpy() != trained[parameter.name]).any()
-    assert size([models.actor, models.reference, models.critic, reward]) == sum(
+    assert size([models.actor, models.reference.model, models.critic, reward]) == sum(
         array.size for array in (frozen | trained).values()
     )
