@@ -80,6 +80,7 @@ class Collector:
                 for in 16 bits two ways of computing them differ too much for a ratio.
         """
         collected = self._answer(prompts, samples_per_prompt, seed, iteration, sampling)
+        self.expected.update(collected.experience.prompt_id, collected.experience.lengths)
         experience, temperature = collected.experience, sampling.temperature or 1.0
         with self.timer("score"):
             self._fill_log_probs(experience.ref_log_probs, self.reference, experience, temperature)
@@ -111,7 +112,6 @@ class Collector:
             own = _join([prompts[asked[i][0]] for i in np.flatnonzero(rollout.kept)], rows, rollout)
             parts, drawn = zip(*self.sampler.gather((own, rollout.drawn_tokens)), strict=True)
         experience = merge(parts)
-        self.expected.update(experience.prompt_id, experience.lengths)
         with self.timer("score"):
             answers = [self._decode(experience, row) for row in range(len(experience))]
             components = self._reward([prompts[row // kept] for row in experience.row], answers, experience)

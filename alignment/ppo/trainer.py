@@ -172,7 +172,7 @@ class PPOTrainer:
         """Answers of the current policy to this iteration's prompts, judged by the other models."""
         args = self.args
         prompts = [self.prompts[int(index)] for index in self.schedule(iteration - 1)]
-        drawn = math.ceil(args.num_return_sequences * args.rollout_oversampling)
+        drawn = math.ceil(round(args.num_return_sequences * args.rollout_oversampling, 6))  # 50 * 1.1 is 55
         budget = args.rollout_token_budget
         sampling = replace(
             self.sampling,

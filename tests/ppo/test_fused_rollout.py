@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from alignment.ppo.rollout.native.kernels import NativeKernels
 from alignment.ppo.rollout.operations import Operations, find_operations
 from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
+from alignment.runtime.faults import RunError
 from tests.models.tiny import TinyPolicy, tiny_policy, tiny_tokenizer
 from tests.ppo.native import needs_compiler
 
@@ -133,6 +135,43 @@ def test_prompts_longer_than_a_pass_are_read_in_pieces(llama, make, monkeypatch)
     assert_same_answers(make(llama.model, 4).generate(prompts, draws, SAMPLING), expected)
 
 
+def test_places_that_were_never_written_do_not_matter(llama, monkeypatch):
+    """A prompt is read in pieces while a longer text decodes; the cache holds NaN where nothing was written."""
+
+    def empty(shape, dtype):
+        return paddle.full(shape, float("nan"), dtype=dtype)
+
+    random = np.random.default_rng(7)
+    prompts = [random.integers(4, 48, length) for length in (12, 30, 17, 23, 14, 29, 20, 26)]
+    draws = [Draw(5, 1, i, 0) for i in range(8)]
+    sampling = replace(SAMPLING, max_new_tokens=30, eos_token_ids=())
+    expected = EagerRolloutEngine(llama.model, 8).generate(prompts, draws, sampling)
+    monkeypatch.setattr("alignment.ppo.rollout.fused.ROWS_PER_PASS", 4)
+    monkeypatch.setattr(f"{PaddleKernels.__module__}.new_cache", empty)
+    assert_same_answers(plain(llama.model, 4).generate(prompts, draws, sampling), expected)
+
+
+@pytest.mark.parametrize("make", [EagerRolloutEngine, native, plain], ids=["eager", "native", "plain"])
+def test_logits_that_are_not_finite_end_the_run(llama, make):
+    weight = llama.model.lm_head.weight
+    before = weight.numpy()
+    broken = before.copy()
+    broken[0, 7] = np.nan
+    try:
+        weight.set_value(broken)
+        with pytest.raises(RunError, match="the policy's logits are not finite"):
+            make(llama.model, 4).generate(*make_prompts(), SAMPLING)
+    finally:
+        weight.set_value(before)
+
+
+def test_more_text_than_positions_is_refused(llama):
+    longest = llama.model.config.max_position_embeddings
+    sampling = replace(SAMPLING, max_new_tokens=longest)
+    with pytest.raises(ValueError, match=f"have up to {longest + 1} tokens, the model has {longest} positions"):
+        native(llama.model, 1).generate([np.array([5])], [Draw(0, 0, 0, 0)], sampling)
+
+
 class TestLimits:
     """The rules may end answers early, but keep what an engine keeps that draws every answer to its end."""
 
@@ -170,6 +209,13 @@ class TestLimits:
         whole = native(llama.model, 5).generate(prompts, draws, SAMPLING)
         rollout = native(llama.model, 5).generate(prompts, draws, replace(SAMPLING, token_budget=27))
         assert_identical(whole, range(12), rollout)
+
+    def test_answers_to_equal_prompts_may_come_in_any_order(self, llama):
+        """Two prompts of the same tokens, two slots: answers that wait for each other take them together."""
+        prompts, draws = [np.array([5, 6])] * 4, [Draw(5, 1, i, k) for k in range(2) for i in range(2)]
+        sampling = replace(SAMPLING, token_budget=4)
+        late = EagerRolloutEngine(llama.model, 4).generate(prompts, draws, sampling)
+        assert_same_answers(native(llama.model, 2).generate(prompts, draws, sampling), late)
 
     def test_a_budget_needs_a_slot_for_each_answer_to_a_prompt(self, llama):
         prompts, draws = make_prompts(2, 3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from alignment.ppo.rollout.kernels import TokenDraws
-from alignment.ppo.rollout.native.kernels import sample_tokens
+from alignment.ppo.rollout.native.structures import sample_tokens
 from alignment.ppo.rollout.operations import Operations
 from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import SamplingParameters

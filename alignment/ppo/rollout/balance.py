@@ -28,7 +28,7 @@ class ExpectedLengths:
 
 
 def share_out(costs: Sequence[float], index: int, count: int) -> list[int]:
-    """Which items part ``index`` of ``count`` takes, in order: the dearest first, each to the part with least so far.
+    """Which items part ``index`` of ``count`` takes: the dearest first, each to the part with least so far; in order.
 
     (Graham 1969: at most 4/3 of the best possible longest part.)
     """

@@ -60,10 +60,13 @@ def read_decoder(model: paddle.nn.Layer) -> Decoder:
     columns = 0 if head is None else head.weight.shape[0 if head.transpose_y else 1]
 
     def rotary(length: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin, float32 [length, size] each."""
+        """cos and sin, float32 [length, size] each. Raises ValueError beyond the model's positions."""
         attention = next(iter(body.layers)).self_attn
         pair = attention.rotary_emb(paddle.zeros([1], dtype="float32"), seq_len=length)
-        return tuple(np.ascontiguousarray(part.numpy().reshape([-1, size])[:length]) for part in pair)
+        cos, sin = (np.ascontiguousarray(part.numpy().reshape([-1, size])[:length]) for part in pair)
+        if len(cos) < length:
+            raise ValueError(f"prompt and answer have up to {length} tokens, the model has {len(cos)} positions")
+        return cos, sin
 
     return Decoder(
         layers=_Layers(list(body.layers)),

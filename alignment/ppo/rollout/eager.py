@@ -5,20 +5,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import paddle
-import paddle.distributed as dist
 import paddle.nn.functional as F
 
-from alignment.parallel.collectives import concat_over_tensor_group, from_head, head_of
-from alignment.parallel.gloo import meet
 from alignment.parallel.pipeline import receive, send
-from alignment.parallel.topology import topology
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
 from alignment.ppo.models.policy import language_model_head, position_ids_of, trunk
 from alignment.ppo.models.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.rollout.answers import Answers, Decode
 from alignment.ppo.rollout.kernels import SampledTokens
+from alignment.ppo.rollout.model_group import ModelGroup
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
-from alignment.ppo.rollout.sampling import choose_tokens, sampling_logits
+from alignment.ppo.rollout.sampling import choose_tokens, mark_broken, sampling_logits
 
 
 class EagerRolloutEngine:
@@ -33,9 +30,7 @@ class EagerRolloutEngine:
 
     def __init__(self, model: paddle.nn.Layer, batch_size: int, decode: Decode | None = None) -> None:
         self.model, self.batch_size, self.decode = model, batch_size, decode
-        group = "model" if model.placement.stages > 1 else "tensor"
-        self.group = topology().group(group) if model.placement.is_divided else None
-        self.divides_vocabulary = model.placement.is_last and model.lm_head.weight.is_distributed
+        self.group = ModelGroup(model)
 
     @paddle.no_grad()
     def generate(
@@ -48,8 +43,7 @@ class EagerRolloutEngine:
         order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
         for start in range(0, len(order), self.batch_size):
             self._decode(order[start : start + self.batch_size], prompts, draws, sampling, answers)
-        rollout = answers.rollout()
-        return rollout if self.group is None else from_head(rollout, self.group)
+        return self.group.share(answers.rollout())
 
     def _decode(
         self,
@@ -68,11 +62,11 @@ class EagerRolloutEngine:
             logits, cache = self._next_logits(input_ids, attention_mask, position_ids, cache)
             tokens = paddle.zeros([len(rows)], dtype="int64")
             if logits is not None:
-                whole = concat_over_tensor_group(logits) if self.divides_vocabulary else logits
+                whole = self.group.whole_logits(logits)
                 forbids_end = paddle.full([len(rows)], position + 1 < sampling.min_new_tokens, dtype="bool")
                 shaped = sampling_logits(whole, seen, forbids_end, sampling)
-                tokens = choose_tokens(shaped, uniform[:, position], sampling.temperature == 0)
-            self._agree(tokens)
+                tokens = mark_broken(choose_tokens(shaped, uniform[:, position], sampling.temperature == 0), whole)
+            tokens = paddle.to_tensor(self.group.agree(tokens.numpy()))
             drawn = SampledTokens(tokens, *self._describe(logits, tokens, sampling.temperature or 1.0))
             ended = answers.add(rows[open_rows], SampledTokens(*(part.numpy()[open_rows] for part in drawn)))
             open_rows = open_rows[~ended]
@@ -104,19 +98,13 @@ class EagerRolloutEngine:
             return None, cache
         return language_model_head(self.model, hidden[:, -1]).astype("float32"), cache
 
-    def _agree(self, tokens: paddle.Tensor) -> None:
-        """Have all of the model's processes take the tokens that its head chose, in place."""
-        if self.group is not None:
-            meet(self.group)
-            dist.broadcast(tokens, src=head_of(self.group), group=self.group)
-
     def _describe(
         self, logits: paddle.Tensor | None, tokens: paddle.Tensor, temperature: float
     ) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Log-probabilities and entropies, float32 [B], computed as in training; zeros where there are no logits."""
         if logits is None:
             return (paddle.zeros(tokens.shape),) * 2
-        if self.divides_vocabulary:
+        if self.group.divides_vocabulary:
             return split_log_probs(logits, tokens, temperature), split_entropy(logits, temperature)
         return log_probs_from_logits(logits, tokens, temperature), entropy_from_logits(logits, temperature)
 

@@ -9,13 +9,12 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from alignment.parallel.collectives import concat_over_tensor_group, from_head, head_of
-from alignment.parallel.gloo import meet
 from alignment.parallel.pipeline import receive, send
 from alignment.parallel.topology import topology
 from alignment.ppo.rollout.answers import Answers, Decode
 from alignment.ppo.rollout.decoder import read_decoder
 from alignment.ppo.rollout.kernels import Kernels, SampledTokens, TokenDraws
+from alignment.ppo.rollout.model_group import ModelGroup
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
 from alignment.ppo.rollout.schedule import Pass, Schedule
 
@@ -39,9 +38,7 @@ class FusedRolloutEngine:
     ) -> None:
         self.model, self.batch_size, self.kernels, self.decode = model, batch_size, kernels, decode
         self.placement = model.placement
-        group = "model" if self.placement.stages > 1 else "tensor"
-        self.group = topology().group(group) if self.placement.is_divided else None
-        self.divides_vocabulary = self.placement.is_last and model.lm_head.weight.is_distributed
+        self.group = ModelGroup(model)
 
     @paddle.no_grad()
     def generate(
@@ -51,8 +48,7 @@ class FusedRolloutEngine:
         answers = Answers(draws, sampling, self.decode)
         if len(prompts):
             _Generation(self, prompts, draws, answers).run()
-        rollout = answers.rollout()
-        return rollout if self.group is None else from_head(rollout, self.group)
+        return self.group.share(answers.rollout())
 
     def make_kernels(self, schedule: Schedule) -> Kernels:
         """Pack the current weights and make room for keys and values."""
@@ -65,8 +61,7 @@ class FusedRolloutEngine:
                 dist.all_reduce(tensor, group=tensor_group)
 
         kernels = self.kernels(read_decoder(self.model), *sizes, sum_parts)
-        if self.group is not None:
-            meet(self.group)  # whoever packs more takes longer
+        self.group.wait()  # whoever packs more takes longer
         return kernels
 
     def run_layers(self, kernels: Kernels, tables: np.ndarray, step: Pass) -> Any:
@@ -85,22 +80,6 @@ class FusedRolloutEngine:
             send(kernels.to_tensor(hidden), +1)
         return hidden
 
-    def logits(self, kernels: Kernels, hidden: Any) -> Any:
-        """float32 [rows, V]."""
-        logits = kernels.logits(hidden)
-        if not self.divides_vocabulary:
-            return logits
-        return kernels.from_tensor(concat_over_tensor_group(kernels.to_tensor(logits)))
-
-    def agree(self, drawn: SampledTokens) -> SampledTokens:
-        """Have all of the model's processes take the tokens that its head drew; only it knows what they cost."""
-        if self.group is None:
-            return drawn
-        tokens = paddle.to_tensor(drawn.tokens)
-        meet(self.group)
-        dist.broadcast(tokens, src=head_of(self.group), group=self.group)
-        return drawn._replace(tokens=tokens.numpy())
-
 
 class _Generation:
     """One call of ``generate``."""
@@ -111,7 +90,9 @@ class _Generation:
         self.engine, self.prompts, self.draws, self.answers = engine, prompts, draws, answers
         self.sampling = sampling = answers.sampling
         slots = min(engine.batch_size, len(prompts))
-        self.schedule = Schedule(prompts, slots, sampling.max_new_tokens, ROWS_PER_PASS)
+        # Answers that wait for each other (a token budget) begin one after the other.
+        order = sorted(range(len(draws)), key=lambda i: (draws[i].prompt_id, draws[i].sample))
+        self.schedule = Schedule(prompts, slots, sampling.max_new_tokens, ROWS_PER_PASS, order)
         answers.limits.check_slots(slots)
         self.kernels = engine.make_kernels(self.schedule)
         self.uniforms = np.zeros([slots, sampling.max_new_tokens])
@@ -143,14 +124,17 @@ class _Generation:
                 self.seen[slot, self.prompts[answer]] = 1
 
     def _draw(self, step: Pass, hidden: Any) -> np.ndarray:
-        """One token for each of ``step.drawing``; returns the slots whose answers end with it."""
+        """One token for each of ``step.drawing``; returns the slots whose answers end with it.
+
+        Only the model's head draws; the others take its tokens, and know nothing of what they cost.
+        """
         slots = step.drawing
         if not len(slots):
             return slots
         drawn = SampledTokens(np.zeros([len(slots)], np.int64), *np.zeros([2, len(slots)], np.float32))
         if self.engine.placement.is_last:
             drawn = self._sample(step, hidden)
-        drawn = self.engine.agree(drawn)
+        drawn = drawn._replace(tokens=self.engine.group.agree(drawn.tokens))
         self.schedule.record(slots, drawn.tokens)
         if self.seen is not None:
             self.seen[slots, drawn.tokens] = 1
@@ -161,7 +145,10 @@ class _Generation:
             self.remembered[prompt] = hidden[step.wanted[row : row + 1]]
         parts = [hidden[step.wanted]] if len(step.wanted) else []
         parts += [self.remembered[int(prompt)] for prompt in step.remembered]
-        logits = self.engine.logits(self.kernels, self.kernels.concat(parts))
+        logits = self.kernels.logits(self.kernels.concat(parts))
+        if self.engine.group.divides_vocabulary:
+            whole = self.engine.group.whole_logits(self.kernels.to_tensor(logits))
+            logits = self.kernels.from_tensor(whole)
         position = self.schedule.length[step.drawing]
         chances = self.uniforms[step.drawing, position]
         forbids_end = position + 1 < self.sampling.min_new_tokens

@@ -38,7 +38,7 @@ def fair_length(lengths: np.ndarray, budget: int) -> int:
 class Limits:
     """The rules of ``sampling`` for the answers that one process draws.
 
-    Attributes: lengths: int64 [N], of answers that have ended; a huge number before. dropped: bool [N].
+    Attributes: lengths: int64 [N], of answers that ended by themselves; a huge number for others. dropped: bool [N].
     """
 
     OPEN = 1 << 40

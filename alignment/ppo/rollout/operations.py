@@ -53,9 +53,11 @@ class Texts:
         lengths = positions[rows[:, -1]] + 1
         self.longest = int(lengths.max())
         places = tables[slots[rows[:, 0]], : self.longest].astype(np.int64)
-        self.places = paddle.to_tensor(places)
+        is_text = np.arange(self.longest) < lengths[:, None]
+        # Padding repeats the first place: another may never have been written, and 0 times NaN is NaN.
+        self.places = paddle.to_tensor(np.where(is_text, places, places[:, :1]))
         self.mask = paddle.to_tensor(np.arange(self.longest) <= positions[rows][:, :, None])
-        self.flat = paddle.to_tensor(places[np.arange(self.longest) < lengths[:, None]])
+        self.flat = paddle.to_tensor(places[is_text])
         ends = (np.arange(len(rows)) + 1) * self.count, lengths.cumsum()
         self.starts = tuple(paddle.to_tensor(np.concatenate([[0], end]), dtype="int32") for end in ends)
 

@@ -12,7 +12,9 @@ from alignment.ppo.rollout.decoder import Decoder, DecoderLayer
 from alignment.ppo.rollout.kernels import SampledTokens, TokenDraws
 from alignment.ppo.rollout.operations import Operations, Texts
 from alignment.ppo.rollout.protocol import SamplingParameters
-from alignment.ppo.rollout.sampling import choose_tokens, sampling_logits
+from alignment.ppo.rollout.sampling import choose_tokens, mark_broken, sampling_logits
+
+new_cache = paddle.empty
 
 
 class PaddleKernels:
@@ -32,7 +34,7 @@ class PaddleKernels:
         self.table = tuple(paddle.to_tensor(part) for part in decoder.rotary(longest))
         cache = [places, decoder.groups, decoder.size]
         self.keys, self.values = (
-            [paddle.empty(cache, dtype=decoder.dtype) for _ in self.layers] for _ in range(2)
+            [new_cache(cache, dtype=decoder.dtype) for _ in self.layers] for _ in range(2)
         )
 
     def begin(self, positions: np.ndarray, slots: np.ndarray, tables: np.ndarray) -> None:
@@ -86,9 +88,11 @@ class PaddleKernels:
         seen = None if draws.seen is None else paddle.to_tensor(draws.seen[draws.slots].astype(bool))
         shaped = sampling_logits(logits, seen, paddle.to_tensor(draws.forbids_end), sampling)
         tokens = choose_tokens(shaped, paddle.to_tensor(draws.uniforms), sampling.temperature == 0)
+        tokens = mark_broken(tokens, logits)
         temperature = sampling.temperature or 1.0
-        described = log_probs_from_logits(logits, tokens, temperature), entropy_from_logits(logits, temperature)
-        return SampledTokens(*(part.numpy() for part in (tokens, *described)))
+        log_probs = log_probs_from_logits(logits, tokens.clip(min=0), temperature)
+        entropies = entropy_from_logits(logits, temperature)
+        return SampledTokens(*(part.numpy() for part in (tokens, log_probs, entropies)))
 
     def concat(self, parts: list[paddle.Tensor]) -> paddle.Tensor:
         """See Kernels.concat."""

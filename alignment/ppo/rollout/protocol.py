@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+BROKEN = -1  # in place of a token: its logits were not finite
+
 
 @dataclass(frozen=True)
 class SamplingParameters:
@@ -77,7 +79,11 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[np.ndarray], draws: Sequence[Draw], sampling: SamplingParameters
     ) -> Rollout:
-        """Answer ``prompts[i]`` (int64 [L_i]) with the randomness of ``draws[i]``; N = len(prompts) answers."""
+        """Answer ``prompts[i]`` (int64 [L_i]) with the randomness of ``draws[i]``; N = len(prompts) answers.
+
+        Raises: ValueError for stop strings where the engine cannot decode tokens, or a token budget where it decodes
+            fewer answers at a time than a prompt has; RunError if the policy's logits are not finite.
+        """
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import paddle
 import paddle.nn.functional as F
 
-from alignment.ppo.rollout.protocol import SamplingParameters
+from alignment.ppo.rollout.protocol import BROKEN, SamplingParameters
 
 LARGEST_ZERO = 1e-20  # Paddle's CPU softmax gives exp(-64) = 2e-28 where 0 is due: a million of those stay below this
 
@@ -49,7 +49,7 @@ def sampling_logits(
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.min_new_tokens > 1:
         ends = paddle.zeros([logits.shape[-1]], dtype="bool")
-        ends[list(sampling.eos_token_ids)] = True
+        ends[[token for token in sampling.eos_token_ids if token < len(ends)]] = True
         forbidden = forbids_end.unsqueeze(1) & ends
         logits = paddle.where(forbidden, paddle.full_like(logits, float("-inf")), logits)
     if sampling.temperature == 0:
@@ -73,3 +73,9 @@ def choose_tokens(logits: paddle.Tensor, uniform: paddle.Tensor, greedy: bool) -
     cumulative = paddle.cumsum(F.softmax(logits, axis=-1).astype("float64"), axis=-1)
     target = (uniform.unsqueeze(-1) * cumulative[:, -1:]).clip(min=LARGEST_ZERO)
     return paddle.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def mark_broken(tokens: paddle.Tensor, logits: paddle.Tensor) -> paddle.Tensor:
+    """BROKEN in place of each token, int64 [B], whose logits [B, V] hold NaN or inf: what was drawn means nothing."""
+    sound = (logits < float("inf")).all(-1)
+    return paddle.where(sound, tokens, paddle.full_like(tokens, BROKEN))

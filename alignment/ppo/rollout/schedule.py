@@ -55,20 +55,29 @@ class Schedule:
         prompts: int64 [L_i] each, the prompt of every answer; answers to equal prompts share them.
         slots: answers that are decoded together.
         max_new_tokens: longest answer.
-        rows: most tokens in a pass; prompts are cut into pieces that fit.
+        rows: most tokens in a pass, or ``slots`` if that is more; prompts are cut into pieces that fit.
+        order: in which answers to equal prompts begin; default: as they are.
 
     Attributes:
         tables: int32 [slots, longest text], see Kernels.begin.
         answer: int64 [slots], which answer a slot works on, -1 for none.
         length: int64 [slots], tokens drawn so far.
         places: size of the cache.
+        computed_prompt_tokens: tokens of prompts that passes have read so far.
     """
 
-    def __init__(self, prompts: Sequence[np.ndarray], slots: int, max_new_tokens: int, rows: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[np.ndarray],
+        slots: int,
+        max_new_tokens: int,
+        rows: int,
+        order: Sequence[int] | None = None,
+    ) -> None:
         self.slots, self.rows = slots, max(rows, slots)
         grouped: dict[tuple[int, ...], list[int]] = {}
-        for answer, prompt in enumerate(prompts):
-            grouped.setdefault(tuple(prompt.tolist()), []).append(answer)
+        for answer in range(len(prompts)) if order is None else order:
+            grouped.setdefault(tuple(prompts[answer].tolist()), []).append(answer)
         self.prompts = [_Prompt(np.asarray(key, np.int64), grouped[key]) for key in sorted(grouped)]
         longest = max((len(prompt.tokens) for prompt in self.prompts), default=0)
         self.places = slots * (longest + max_new_tokens) + longest  # the last prompt's beginning is held
@@ -81,7 +90,6 @@ class Schedule:
         self.filled, self.length, self.token = (np.zeros([slots], np.int64) for _ in range(3))
         self.next_prompt, self.unbegun, self.held = 0, len(prompts), np.zeros([0], np.int32)
         self.prefilling: deque[int] = deque()
-        self.prompt_tokens = sum(len(prompt.tokens) * len(prompt.answers) for prompt in self.prompts)
         self.computed_prompt_tokens = 0
 
     @property
@@ -135,7 +143,7 @@ class Schedule:
             number, prompt = self.next_prompt, self.prompts[self.next_prompt]
             if prompt.slot < 0:
                 self._begin(number, slot)
-            elif prompt.computed == len(prompt.tokens) and number not in self.prefilling:
+            elif prompt.computed == len(prompt.tokens):
                 known.append(int(slot))
             count = len(prompt.tokens)
             self.tables[slot, :count] = prompt.table

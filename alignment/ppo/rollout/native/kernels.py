@@ -1,10 +1,10 @@
-"""A model part packed for the C++ kernels, with its cache of keys and values. The structures mirror kernels.cpp."""
+"""A model part packed for the C++ kernels, with its cache of keys and values."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 
 import numpy as np
 import paddle
@@ -12,44 +12,9 @@ import paddle
 from alignment.ppo.rollout.decoder import Decoder, DecoderLayer
 from alignment.ppo.rollout.kernels import SampledTokens, TokenDraws
 from alignment.ppo.rollout.native.build import load_library
+from alignment.ppo.rollout.native.structures import Layer, Scratch, Shape, Step, address, sample_tokens
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.runtime.bootstrap import compute_threads
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("hidden", "heads", "groups", "size", "inner")] + [
-        ("epsilon", c_float),
-        ("threads", c_int32),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        (name, c_void_p)
-        for name in (
-            "attention_norm", "qkv", "qkv_bias", "output", "mlp_norm", "gate_up", "down", "keys", "values"
-        )
-    ]  # fmt: skip
-
-
-class _Step(ctypes.Structure):
-    _fields_ = [("rows", c_int64), ("positions", c_void_p), ("slots", c_void_p), ("tables", c_void_p)] + [
-        ("table_width", c_int64),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-    ]
-
-
-class _Scratch(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("normed", "qkv", "mixed", "inner")]
-
-
-class _Sampling(ctypes.Structure):
-    _fields_ = [("vocabulary", c_int64), ("temperature", c_double), ("top_k", c_int64), ("top_p", c_double)] + [
-        ("penalty", c_double),
-        ("ends", c_void_p),
-        ("end_count", c_int64),
-    ]
 
 
 class NativeKernels:
@@ -69,10 +34,10 @@ class NativeKernels:
         self.kept: list[np.ndarray | paddle.Tensor] = []  # what the structures point to
         self.cos, self.sin = decoder.rotary(longest)
         d = decoder
-        self.shape = _Shape(d.hidden, d.heads, d.groups, d.size, d.inner, d.epsilon, self.threads)
+        self.shape = Shape(d.hidden, d.heads, d.groups, d.size, d.inner, d.epsilon, self.threads)
         self.layers = [self._layer(layer, places) for layer in d.layers]
         widths = (d.hidden, (d.heads + 2 * d.groups) * d.size, d.heads * d.size, d.inner)
-        self.scratch = _Scratch(*(self._keep(np.empty([rows, width], np.float32)) for width in widths))
+        self.scratch = Scratch(*(self._keep(np.empty([rows, width], np.float32)) for width in widths))
         if d.head is not None:
             self.norm = self._of_tensor(d.norm)
             self.head = self._pack([d.head], transposed=d.head_is_transposed)
@@ -82,9 +47,9 @@ class NativeKernels:
     def begin(self, positions: np.ndarray, slots: np.ndarray, tables: np.ndarray) -> None:
         """See Kernels.begin."""
         self.current = (positions, slots, tables)
-        self.step = _Step(
-            len(positions), _address(positions), _address(slots), _address(tables), tables.shape[1],
-            _address(self.cos), _address(self.sin),
+        self.step = Step(
+            len(positions), address(positions), address(slots), address(tables), tables.shape[1],
+            address(self.cos), address(self.sin),
         )  # fmt: skip
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
@@ -97,7 +62,7 @@ class NativeKernels:
         def compute(into: np.ndarray) -> None:
             self.library.attention(
                 ctypes.byref(self.shape), ctypes.byref(self.layers[layer]), ctypes.byref(self.step),
-                ctypes.byref(self.scratch), c_void_p(_address(hidden)), c_void_p(_address(into)),
+                ctypes.byref(self.scratch), c_void_p(address(hidden)), c_void_p(address(into)),
             )  # fmt: skip
 
         return self._add(hidden, compute)
@@ -108,7 +73,7 @@ class NativeKernels:
         def compute(into: np.ndarray) -> None:
             self.library.mlp(
                 ctypes.byref(self.shape), ctypes.byref(self.layers[layer]), c_int64(len(hidden)),
-                ctypes.byref(self.scratch), c_void_p(_address(hidden)), c_void_p(_address(into)),
+                ctypes.byref(self.scratch), c_void_p(address(hidden)), c_void_p(address(into)),
             )  # fmt: skip
 
         return self._add(hidden, compute)
@@ -119,7 +84,7 @@ class NativeKernels:
         logits = np.empty([len(hidden), columns], np.float32)
         self.library.head(
             ctypes.byref(self.shape), c_void_p(self.norm), c_void_p(self.head), c_int64(len(hidden)),
-            ctypes.byref(self.scratch), c_void_p(_address(hidden)), c_void_p(_address(logits)), c_int64(columns),
+            ctypes.byref(self.scratch), c_void_p(address(hidden)), c_void_p(address(logits)), c_int64(columns),
         )  # fmt: skip
         return logits
 
@@ -143,10 +108,10 @@ class NativeKernels:
 
     # ---- packing ----------------------------------------------------------------------------------------------------
 
-    def _layer(self, layer: DecoderLayer, places: int) -> _Layer:
+    def _layer(self, layer: DecoderLayer, places: int) -> Layer:
         cache = [places, self.decoder.groups, self.decoder.size]
         bias = np.concatenate([part.numpy() for part in layer.qkv_bias]) if layer.qkv_bias else None
-        return _Layer(
+        return Layer(
             attention_norm=self._of_tensor(layer.attention_norm),
             qkv=self._pack(layer.qkv),
             qkv_bias=None if bias is None else self._keep(bias),
@@ -154,7 +119,7 @@ class NativeKernels:
             mlp_norm=self._of_tensor(layer.mlp_norm),
             gate_up=self._pack(layer.gate_up, interleaved=True),
             down=self._pack([layer.down]),
-            keys=self._keep(np.empty(cache, np.float32)),  # takes memory only as far as it is written
+            keys=self._keep(np.empty(cache, np.float32)),  # fresh memory is taken as it is written
             values=self._keep(np.empty(cache, np.float32)),
         )
 
@@ -162,14 +127,14 @@ class NativeKernels:
         """Matrices [in, out] side by side, or gates and their partners lane by lane; returns the address."""
         shapes = [matrix.shape[::-1] if transposed else matrix.shape for matrix in matrices]
         depth, columns = shapes[0][0], sum(shape[1] for shape in shapes)
-        packed = np.zeros([-(-columns // self.panel) + interleaved, depth, self.panel], np.float32)
+        packed = np.zeros([-(-columns // self.panel), depth, self.panel], np.float32)
         first = 0
         for number, (matrix, shape) in enumerate(zip(matrices, shapes, strict=True)):
             strides = (1, depth) if transposed else (shape[1], 1)
             self.library.pack(
                 c_void_p(matrix.data_ptr()), c_int64(depth), c_int64(shape[1]), *map(c_int64, strides),
                 c_int64(0 if interleaved else first), number + 1 if interleaved else 0,
-                c_void_p(_address(packed)), self.threads,
+                c_void_p(address(packed)), self.threads,
             )  # fmt: skip
             first += shape[1]
         return self._keep(packed)
@@ -180,7 +145,7 @@ class NativeKernels:
 
     def _keep(self, array: np.ndarray) -> int:
         self.kept.append(array)
-        return _address(array)
+        return address(array)
 
     def _add(self, hidden: np.ndarray, compute: Callable[[np.ndarray], None]) -> np.ndarray:
         if self.sum_parts is None:
@@ -192,27 +157,3 @@ class NativeKernels:
         self.sum_parts(tensor)
         hidden += tensor.numpy()
         return hidden
-
-
-def sample_tokens(logits: np.ndarray, draws: TokenDraws, sampling: SamplingParameters) -> SampledTokens:
-    """Kernels.sample: logits float32 [rows, V]."""
-    ends = np.asarray(sampling.eos_token_ids, np.int64)
-    how = _Sampling(
-        logits.shape[1], sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty,
-        _address(ends), len(ends),
-    )  # fmt: skip
-    count = len(draws.rows)
-    tokens, described = np.empty([count], np.int64), np.empty([2, count], np.float32)
-    seen = None if draws.seen is None else _address(draws.seen)
-    forbids_end = draws.forbids_end.astype(np.uint8)
-    columns = (draws.rows, draws.slots, draws.uniforms)
-    load_library().sample(
-        ctypes.byref(how), c_void_p(_address(logits)), c_int64(count), *(c_void_p(_address(c)) for c in columns),
-        c_void_p(seen), *(c_void_p(_address(c)) for c in (forbids_end, tokens, *described)), compute_threads(),
-    )  # fmt: skip
-    return SampledTokens(tokens, *described)
-
-
-def _address(array: np.ndarray) -> int:
-    assert array.flags.c_contiguous
-    return array.ctypes.data

@@ -62,7 +62,7 @@ static int64_t search(const float* e, int64_t count, double target) {
             for (int64_t i = start; i < end; i++) {
                 reached += e[i];
                 if (e[i] > 0) last = i;
-                if (reached > target) return i;
+                if (e[i] > 0 && reached > target) return i;
             }
         }
         before += sum;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -40,9 +41,10 @@ static inline float sum_of(vec value) {
     return sum;
 }
 
-// exp, correct to 2 units in the last place up to 88; below -87 it stays at exp(-87). (Polynomial of the Cephes library.)
+// exp, correct to 2 units in the last place; beyond -87 and 88 it stays. (Polynomial of the Cephes library.)
 static inline vec exp_of(vec x) {
     x = x < -87.0f ? splat(-87.0f) : x;
+    x = x > 88.0f ? splat(88.0f) : x;
     const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     vec n = x * 1.44269504f + magic;
     const ivec exponent = (reinterpret_cast<const ivec&>(n) - 0x4B400000 + 127) << 23;
