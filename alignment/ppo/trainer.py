@@ -217,6 +217,7 @@ class PPOTrainer:
             "episodes": self.episodes,
             "kl_controller": self.controller.state_dict(),
             "score_scaler": self.score_scaler.state_dict(),
+            "expected_lengths": self.collector.expected.state_dict(),
         }
         for part, engine in (("value", self.learner.critic), ("policy", self.learner.actor)):
 
@@ -249,6 +250,7 @@ class PPOTrainer:
         self.episodes = state["episodes"]
         self.controller.load_state_dict(state["kl_controller"])
         self.score_scaler.load_state_dict(state["score_scaler"])
+        self.collector.expected.load_state_dict(state["expected_lengths"])
         if is_main_process():
             keep_steps(self.output_dir / SAMPLES_FILE, state["step"])
         return state["step"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -137,3 +139,6 @@ def test_expected_lengths_follow_what_was_drawn():
     expected = ExpectedLengths()
     expected.update(np.array([4, 4, 7]), np.array([10, 20, 60]))
     assert (expected.of(4), expected.of(7), expected.of(9)) == (15, 60, 30)
+    resumed = ExpectedLengths()
+    resumed.load_state_dict(json.loads(json.dumps(expected.state_dict())))
+    assert (resumed.of(4), resumed.of(7), resumed.of(9)) == (15, 60, 30)

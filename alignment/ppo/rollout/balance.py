@@ -10,7 +10,8 @@ import numpy as np
 class ExpectedLengths:
     """How long answers to a prompt are likely to be: as long as last time, or as the latest batch's mean.
 
-    It decides only where an answer is drawn, never what it is, and so is not part of a checkpoint.
+    It decides only where an answer is drawn. What is drawn is the same up to rounding, and to make it the same to the
+    bit in a resumed run, checkpoints have it too.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,15 @@ class ExpectedLengths:
         self.mean = float(lengths.mean())
         for prompt_id in np.unique(prompt_ids):
             self.known[int(prompt_id)] = float(lengths[prompt_ids == prompt_id].mean())
+
+    def state_dict(self) -> dict:
+        """For a JSON file."""
+        return {"mean": self.mean, "known": {str(prompt_id): length for prompt_id, length in self.known.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.mean = state["mean"]
+        self.known = {int(prompt_id): length for prompt_id, length in state["known"].items()}
 
 
 def share_out(costs: Sequence[float], index: int, count: int) -> list[int]:
