@@ -250,7 +250,8 @@ class PPOTrainer:
         self.episodes = state["episodes"]
         self.controller.load_state_dict(state["kl_controller"])
         self.score_scaler.load_state_dict(state["score_scaler"])
-        self.collector.expected.load_state_dict(state["expected_lengths"])
+        if "expected_lengths" in state:  # not in checkpoints of older versions
+            self.collector.expected.load_state_dict(state["expected_lengths"])
         if is_main_process():
             keep_steps(self.output_dir / SAMPLES_FILE, state["step"])
         return state["step"]
