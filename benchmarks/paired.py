@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from alignment.runtime.faults import USAGE_STATUS, RunError, UsageError
@@ -63,11 +64,9 @@ class Contender:
     def ask(self, do: str, **arguments: object) -> dict:
         """Wake it, have it do something, stop it again; returns its answer. Raises: RunError if it ended."""
         self._process.send_signal(signal.SIGCONT)
-        try:
+        with suppress(BrokenPipeError):  # it ended: reading its answer says so
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended: reading its answer says so
         return self._answer()
 
     def close(self) -> None:

@@ -50,10 +50,12 @@ class MappedFile(Storage):
         self.addresses = []
 
     def prefetch(self) -> None:
+        """Have the system read the file ahead."""
         if self.file is not None and hasattr(os, "posix_fadvise"):  # pages that had to leave the system's cache
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def fetch(self) -> list[paddle.Tensor]:
+        """As Storage.fetch: tensors that are the mapping, without a copy. Raises OSError if it cannot be mapped."""
         if not self.layout:
             return []
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all at once: a fault for each page takes longer
@@ -104,6 +106,7 @@ class PinnedMemory(Storage):
         self.copies = copies
 
     def prefetch(self) -> None:
+        """As Storage.prefetch. Raises MemoryError on a full device; what was under way has then arrived."""
         if self.coming:
             return
         coming: list[tuple[paddle.Tensor, Any]] = []
@@ -116,6 +119,7 @@ class PinnedMemory(Storage):
         self.coming = coming
 
     def fetch(self) -> list[paddle.Tensor]:
+        """As Storage.fetch; compute waits for the transfers. Raises MemoryError as ``prefetch``."""
         self.prefetch()
         coming, self.coming = self.coming, []
         _await_last([transfer for _, transfer in coming])
