@@ -1,24 +1,30 @@
-"""The CPU forms of attention and norm: equal to NumPy's, and to PaddleNLP's own, gradients included."""
+"""The CPU forms, compiled and plain: equal to NumPy's, and to PaddleNLP's own, gradients included."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import numpy as np
 import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paddlenlp.transformers.llama import modeling as llama
 from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
+from paddlenlp.transformers.qwen2 import modeling as qwen2
 
-from alignment.ppo.models import loading
+from alignment.ppo.models import cpu, loading
 from alignment.ppo.models.cpu import attend_by_groups, speed_up_on_cpu
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.policy import position_ids_of, trunk
 from tests.models.reference import rms_norm
 from tests.models.tiny import answer_log_probs, tiny_policy
+from tests.native.compiler import needs_compiler, reason
 
 pytestmark = pytest.mark.skipif(paddle.get_device() != "cpu", reason="nothing is changed on a GPU")
 FORBIDDEN = np.finfo(np.float32).min  # what PaddleNLP adds to the scores of masked positions
 small = st.integers(1, 4)
+forms = pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
 
 
 def attention(query, key, value, allowed):
@@ -33,9 +39,15 @@ def attention(query, key, value, allowed):
     return np.concatenate(outputs, -1)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@forms
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), small, small, small, small, st.integers(0, 3), st.sampled_from([2, 4, 6]))
-def test_attention_by_groups(seed, batch, width, groups, shared, past, size):
+def test_attention_by_groups(compiled, seed, batch, width, groups, shared, past, size):
+    with mock.patch.object(cpu, "has_kernels", lambda: compiled):
+        check_attention(seed, batch, width, groups, shared, past, size)
+
+
+def check_attention(seed, batch, width, groups, shared, past, size):
     random = np.random.default_rng(seed)
     length = width + past
     query = random.normal(size=[batch, width, groups * shared, size]).astype(np.float32)
@@ -51,14 +63,21 @@ def test_attention_by_groups(seed, batch, width, groups, shared, past, size):
     np.testing.assert_array_equal(by_tokens.numpy(), actual.numpy().reshape(batch * width, -1))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(
+    scope="module",
+    params=[(kind, compiled) for kind in ("llama", "qwen2") for compiled in (True, False)],
+    ids=lambda param: f"{param[0]}-{'compiled' if param[1] else 'plain'}",
+)
 def models(request, tmp_path_factory):
     """The same weights as load_policy gives them, and without the CPU forms."""
-    policy = tiny_policy(tmp_path_factory.mktemp("policy"), request.param)
+    kind, compiled = request.param
+    if compiled and reason:
+        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "has_kernels", lambda: compiled)
+        policy = tiny_policy(tmp_path_factory.mktemp("policy"), kind)
         patch.setattr(loading, "speed_up_on_cpu", lambda model: None)
-        own = load_policy(policy.directory)
-    return policy.model, own
+        yield policy.model, load_policy(policy.directory)
 
 
 def attentions(model):
@@ -71,7 +90,9 @@ def norms(model):
 
 
 def test_it_is_on_in_one_model_and_off_in_the_other(models):
+    compiled = cpu.has_kernels()
     for model, on in zip(models, (True, False), strict=True):
+        assert {"forward" in vars(layer.mlp) for layer in trunk(model).layers} == {on and compiled}
         assert {layer.attn_func is attend_by_groups for layer in attentions(model)} == {on}
         assert {layer.num_key_value_groups for layer in attentions(model)} == {1 if on else 2}
         assert {"forward" in vars(norm) for norm in norms(model)} == {on}
@@ -162,3 +183,15 @@ def test_paddlenlp_still_computes_the_same():
     expected = scaled_dot_product_attention(query, Config, *repeated, causal, False)
     actual = attend_by_groups(query, Config, key, value, causal, False)
     np.testing.assert_allclose(actual.numpy(), expected.numpy(), atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("module", [llama, qwen2])
+def test_rotation_equals_paddlenlps(module, models):
+    random = np.random.default_rng(4)
+    query, key = (paddle.to_tensor(random.normal(size=[2, 5, n, 8]).astype("float32")) for n in (4, 2))
+    cos, sin = trunk(models[0]).layers[0].self_attn.rotary_emb(query, seq_len=9)
+    positions = paddle.to_tensor(random.integers(0, 9, [2, 5]))
+    own = module.apply_rotary_pos_emb.__wrapped__(query, key, cos, sin, positions)
+    for actual, expected in zip(module.apply_rotary_pos_emb(query, key, cos, sin, positions), own, strict=True):
+        np.testing.assert_allclose(actual.numpy(), expected.numpy(), atol=1e-6)

@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignment.native import build
 from alignment.ppo.models.lora import Base, LoRASettings, adapted_layers, add_adapters
 from alignment.ppo.rollout.choose import build_engine
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.fused import FusedRolloutEngine
-from alignment.ppo.rollout.native import build
 from alignment.ppo.rollout.native.kernels import NativeKernels
 from alignment.ppo.rollout.operations import Operations, find_operations
 from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from alignment.runtime.faults import RunError
 from tests.models.tiny import TinyPolicy, tiny_policy, tiny_tokenizer
-from tests.ppo.native import needs_compiler
+from tests.native.compiler import needs_compiler
 
 pytestmark = needs_compiler
 SAMPLING = SamplingParameters(max_new_tokens=9, eos_token_ids=(2, 11, 30, 31), pad_token_id=3)

@@ -19,7 +19,7 @@ from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
 from tests.models.reference import logits
 from tests.models.tiny import TinyPolicy, answer_log_probs, log_softmax, tiny_policy
-from tests.ppo.native import needs_compiler
+from tests.native.compiler import needs_compiler
 
 PAD = 3
 LENGTHS = (1, 4, 9, 2, 4, 6)

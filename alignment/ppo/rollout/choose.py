@@ -6,10 +6,10 @@ from functools import partial
 
 import paddle
 
+from alignment.native.build import BuildError, load_library
 from alignment.ppo.rollout.answers import Decode
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.fused import FusedRolloutEngine
-from alignment.ppo.rollout.native.build import BuildError, load_library
 from alignment.ppo.rollout.native.kernels import NativeKernels
 from alignment.ppo.rollout.operations import Operations, find_operations
 from alignment.ppo.rollout.plain import PaddleKernels

@@ -1,1 +1,1 @@
-"""Decoding kernels in C++ for CPUs, compiled on first use for the processor they run on."""
+"""Decoding on the compiled kernels of alignment.native."""

@@ -9,9 +9,9 @@ from ctypes import c_int64, c_void_p
 import numpy as np
 import paddle
 
+from alignment.native.build import load_library
 from alignment.ppo.rollout.decoder import Decoder, DecoderLayer
 from alignment.ppo.rollout.kernels import SampledTokens, TokenDraws
-from alignment.ppo.rollout.native.build import load_library
 from alignment.ppo.rollout.native.structures import Layer, Scratch, Shape, Step, address, sample_tokens
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.runtime.bootstrap import compute_threads

@@ -7,8 +7,8 @@ from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 
 import numpy as np
 
+from alignment.native.build import load_library
 from alignment.ppo.rollout.kernels import SampledTokens, TokenDraws
-from alignment.ppo.rollout.native.build import load_library
 from alignment.ppo.rollout.protocol import BROKEN, SamplingParameters
 from alignment.runtime.bootstrap import compute_threads
 

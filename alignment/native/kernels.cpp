@@ -1,5 +1,6 @@
-// What alignment.ppo.rollout.native calls; the structures are mirrored there.
+// What alignment.ppo.rollout.native and alignment.ppo.models.operations call; structures are mirrored in the former.
 #include "attention.h"
+#include "elementwise.h"
 #include "products.h"
 #include "sampling.h"
 
@@ -50,7 +51,7 @@ void pack(const float* weight, int64_t depth, int64_t columns, int64_t depth_str
 void attention(const Shape* shape, const Layer* layer, const Step* step, const Scratch* scratch, const float* hidden, float* into) {
     const int64_t rows = step->rows, heads = shape->heads, groups = shape->groups, size = shape->size;
     const int threads = shape->threads;
-    normalize(hidden, rows, shape->hidden, layer->attention_norm, shape->epsilon, scratch->normed, threads);
+    normalize(hidden, rows, shape->hidden, layer->attention_norm, shape->epsilon, scratch->normed, nullptr, threads);
     product<STORE>(scratch->normed, rows, shape->hidden, layer->qkv, layer->qkv_bias, scratch->qkv, (heads + 2 * groups) * size, threads);
     rotate_and_keep(scratch->qkv, *step, heads, groups, size, layer->keys, layer->values, threads);
     attend(scratch->qkv, *step, heads, groups, size, layer->keys, layer->values, scratch->mixed, threads);
@@ -60,7 +61,7 @@ void attention(const Shape* shape, const Layer* layer, const Step* step, const S
 // into [rows, hidden] += gated feed-forward layer of normalised hidden [rows, hidden]
 void mlp(const Shape* shape, const Layer* layer, int64_t rows, const Scratch* scratch, const float* hidden, float* into) {
     const int threads = shape->threads;
-    normalize(hidden, rows, shape->hidden, layer->mlp_norm, shape->epsilon, scratch->normed, threads);
+    normalize(hidden, rows, shape->hidden, layer->mlp_norm, shape->epsilon, scratch->normed, nullptr, threads);
     product<SWIGLU>(scratch->normed, rows, shape->hidden, layer->gate_up, nullptr, scratch->inner, shape->inner, threads);
     product<ADD>(scratch->inner, rows, shape->inner, layer->down, nullptr, into, shape->hidden, threads);
 }
@@ -68,7 +69,7 @@ void mlp(const Shape* shape, const Layer* layer, int64_t rows, const Scratch* sc
 // logits [rows, columns] of final hidden states [rows, hidden]
 void head(const Shape* shape, const float* norm, const float* packed, int64_t rows, const Scratch* scratch,
           const float* hidden, float* logits, int64_t columns) {
-    normalize(hidden, rows, shape->hidden, norm, shape->epsilon, scratch->normed, shape->threads);
+    normalize(hidden, rows, shape->hidden, norm, shape->epsilon, scratch->normed, nullptr, shape->threads);
     product<STORE>(scratch->normed, rows, shape->hidden, packed, nullptr, logits, columns, shape->threads);
 }
 

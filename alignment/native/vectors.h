@@ -24,6 +24,21 @@ typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 
 static inline vec load(const float* from) { return *reinterpret_cast<const vec*>(from); }
 static inline void store(float* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
+
+// The first `count` lanes of memory (all of them if it is more), zeros behind.
+static inline vec load_some(const float* from, int64_t count) {
+    if (count >= LANES) return load(from);
+    vec value{};
+    std::memcpy(&value, from, count * sizeof(float));
+    return value;
+}
+static inline void store_some(float* to, vec value, int64_t count) {
+    if (count >= LANES)
+        store(to, value);
+    else
+        std::memcpy(to, &value, count * sizeof(float));
+}
+
 static inline vec splat(float value) { return vec{} + value; }
 
 // Sum of the lanes, by halves.

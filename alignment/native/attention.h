@@ -37,14 +37,8 @@ static void softmax(float* scores, int64_t count) {
     float largest = scores[0], total = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t i = 1; i < count; i++) largest = std::max(largest, scores[i]);
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(scores + i, exp_of(load(scores + i) - largest));
-    if (i < count) {
-        float rest[LANES] = {};
-        std::memcpy(rest, scores + i, (count - i) * sizeof(float));
-        store(rest, exp_of(load(rest) - largest));
-        std::memcpy(scores + i, rest, (count - i) * sizeof(float));
-    }
+    for (int64_t i = 0; i < count; i += LANES)
+        store_some(scores + i, exp_of(load_some(scores + i, count - i) - largest), count - i);
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j < count; j++) total += scores[j];
     const float scale = 1.0f / total;

@@ -33,7 +33,7 @@ def load_library() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX") or "") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise BuildError("no C++ compiler ($CXX, g++ or clang++)")
-    target = cache_directory() / f"rollout-{_fingerprint(compiler)}.so"
+    target = cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
     if not target.exists():
         _compile(compiler, target)
     try:

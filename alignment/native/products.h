@@ -62,16 +62,3 @@ static void product(const float* x, int64_t rows, int64_t depth, const float* pa
         }
     }
 }
-
-// Root-mean-square normalisation of each row (Zhang and Sennrich 2019, arXiv:1910.07467).
-static void normalize(const float* x, int64_t rows, int64_t width, const float* weight, float epsilon, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const float* row = x + r * width;
-        float squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < width; i++) squares += row[i] * row[i];
-        const float scale = 1.0f / std::sqrt(squares / width + epsilon);
-        for (int64_t i = 0; i < width; i++) out[r * width + i] = row[i] * scale * weight[i];
-    }
-}

@@ -8,7 +8,7 @@ import pytest
 
 from alignment.ppo.rollout.decoder import Decoder, DecoderLayer
 from alignment.ppo.rollout.native.kernels import NativeKernels
-from tests.ppo.native import needs_compiler
+from tests.native.compiler import needs_compiler
 
 pytestmark = needs_compiler
 

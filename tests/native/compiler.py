@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignment.ppo.rollout.native.build import BuildError, load_library
+from alignment.native.build import BuildError, load_library
 
 
 def _why_not() -> str | None:
@@ -15,4 +15,5 @@ def _why_not() -> str | None:
     return None
 
 
-needs_compiler = pytest.mark.skipif(_why_not() is not None, reason=f"C++ kernels: {_why_not()}")
+reason = _why_not()
+needs_compiler = pytest.mark.skipif(reason is not None, reason=f"C++ kernels: {reason}")

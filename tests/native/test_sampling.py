@@ -16,7 +16,7 @@ from alignment.ppo.rollout.native.structures import sample_tokens
 from alignment.ppo.rollout.operations import Operations
 from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import SamplingParameters
-from tests.ppo.native import needs_compiler
+from tests.native.compiler import needs_compiler
 
 pytestmark = needs_compiler
 PLAIN = SamplingParameters(max_new_tokens=4, eos_token_ids=(2, 5), pad_token_id=0)
