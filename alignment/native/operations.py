@@ -59,6 +59,7 @@ class _RMSNorm(PyLayer):
         rows, width = _rows(x), x.shape[-1]
         out, scales = paddle.empty_like(x), paddle.empty([rows])
         _call("rms_norm", x, rows, width, weight, epsilon, out, scales)
+        ctx.trained = _trained(x, weight)
         ctx.save_for_backward(x, weight, scales)
         return out
 
@@ -67,7 +68,7 @@ class _RMSNorm(PyLayer):
         x, weight, scales = ctx.saved_tensor()
         x_grad, weight_grad = paddle.empty_like(x), paddle.empty_like(weight)
         _call("rms_norm_grad", x, _rows(x), x.shape[-1], weight, scales, out_grad, x_grad, weight_grad)
-        return _wanted((x, x_grad), (weight, weight_grad))
+        return _wanted(ctx, x_grad, weight_grad)
 
 
 class _SwiGLU(PyLayer):
@@ -75,6 +76,7 @@ class _SwiGLU(PyLayer):
     def forward(ctx: Any, gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
         out = paddle.empty_like(gate)
         _call("swiglu", gate, up, gate.size, out)
+        ctx.trained = _trained(gate, up)
         ctx.save_for_backward(gate, up)
         return out
 
@@ -83,7 +85,7 @@ class _SwiGLU(PyLayer):
         gate, up = ctx.saved_tensor()
         gate_grad, up_grad = paddle.empty_like(gate), paddle.empty_like(up)
         _call("swiglu_grad", gate, up, out_grad, gate.size, gate_grad, up_grad)
-        return _wanted((gate, gate_grad), (up, up_grad))
+        return _wanted(ctx, gate_grad, up_grad)
 
 
 class _Rotate(PyLayer):
@@ -126,9 +128,14 @@ def _rows(x: paddle.Tensor) -> int:
     return x.size // x.shape[-1]
 
 
-def _wanted(*pairs: tuple[paddle.Tensor, paddle.Tensor]) -> tuple[paddle.Tensor | None, ...]:
-    """Each input's gradient, None where the input has none."""
-    return tuple(None if value.stop_gradient else grad for value, grad in pairs)
+def _trained(*inputs: paddle.Tensor) -> list[bool]:
+    """Which inputs have a gradient; asked in the forward pass, for saved tensors do not tell under recomputation."""
+    return [not value.stop_gradient for value in inputs]
+
+
+def _wanted(ctx: Any, *gradients: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+    """Each input's gradient, None where the input has none, as Paddle demands."""
+    return tuple(gradient if trained else None for gradient, trained in zip(gradients, ctx.trained, strict=True))
 
 
 def _call(name: str, *arguments: paddle.Tensor | float) -> None:

@@ -23,7 +23,7 @@ from alignment.ppo.collect import as_tensors, pack_experience, response_values
 from alignment.ppo.experience import Experience, Targets
 from alignment.ppo.losses import PolicyStats
 from alignment.ppo.models.policy import response_log_probs
-from alignment.runtime.faults import RunError
+from alignment.ppo.self_check import check_log_probs
 from alignment.sft.loss import count_labels, supervised_micro_batch
 from alignment.training.batches import BatchSchedule, idle_rounds, own_micro_batches
 from alignment.training.engine import TrainingEngine
@@ -66,7 +66,7 @@ class Learner:
                 step_sums, largest = self._accumulate(self.actor, self._policy_micro_batch, experience, targets, rows)
                 if number == 0:
                     difference = largest
-                    _check_log_probs(difference, tolerance)
+                    check_log_probs(difference, tolerance)
                 elif self.args.target_kl and step_sums["approxkl"] / step_sums["tokens"] > self.args.target_kl:
                     break
                 if self.ptx_set is not None:
@@ -176,15 +176,6 @@ def policy_loss(
     if args.policy_loss == "awr":
         return losses.awr_loss(new, old, advantages, mask, args.awr_beta, args.awr_weight_clip, tokens)
     return losses.ppo_loss(new, old, advantages, mask, args.clip_range_ratio, tokens)
-
-
-def _check_log_probs(difference: float, tolerance: float) -> None:
-    if not difference <= tolerance:  # NaN fails too
-        raise RunError(
-            f"self-check: log-probabilities of sampling and of training differ by {difference:.3g}, more than "
-            f'"self_check_tolerance" {tolerance:g}: rollout engine and model disagree on weights, masks, positions or '
-            "temperature, or dropout is on"
-        )
 
 
 def _describe(sums: Sums) -> dict[str, float]:

@@ -6,28 +6,24 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import paddle
-
-from alignment.parallel.pipeline import Pipeline
 from alignment.parallel.topology import topology
 from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
 from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
-from alignment.ppo.experience import Experience
 from alignment.ppo.learner import Learner, steps_per_iteration
+from alignment.ppo.load import Models
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.offload import Offload
 from alignment.ppo.reshard import Sampler
-from alignment.ppo.rewards import WeightedRewards
 from alignment.ppo.rollout.protocol import SamplingParameters
+from alignment.ppo.self_check import check_reference
 from alignment.runtime.console import show_samples
-from alignment.runtime.faults import RunError, UsageError
+from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import peak_memory_gb
 from alignment.training.batches import BatchSchedule
@@ -38,20 +34,6 @@ from alignment.training.setup import SAMPLES_FILE, total_steps
 
 EVALUATION = 0  # iteration number that draws the answers of every evaluation: differences are the policy's, not luck's
 PARTS = ("policy", "value")
-
-
-@dataclass(frozen=True)
-class Models:
-    """The four models of RLHF: PaddleNLP layers, of the reference its passes; the reward model is one of the sources.
-
-    tokenizer: of the actor, which the critic shares.
-    """
-
-    actor: paddle.nn.Layer
-    reference: Pipeline
-    critic: paddle.nn.Layer
-    rewards: WeightedRewards
-    tokenizer: Any
 
 
 class PPOTrainer:
@@ -83,17 +65,7 @@ class PPOTrainer:
         self.eval_prompts = None if eval_prompts is None else list(eval_prompts)[: args.num_eval_prompts]
         batch_size = args.per_device_prompt_batch_size * topology().data_size
         self.schedule = BatchSchedule(len(prompts), batch_size, args.data_seed, args.dataloader_drop_last)
-        answers = batch_size * args.num_return_sequences
-        if args.rollout_token_budget is not None and args.rollout_token_budget < answers:
-            raise UsageError(
-                f'"rollout_token_budget": {args.rollout_token_budget} is less than a token for each of an '
-                f"iteration's {answers} answers"
-            )
-        self.total_steps = (
-            math.ceil(args.total_episodes / answers)
-            if args.total_episodes
-            else total_steps(args, self.schedule.steps_per_epoch)
-        )
+        self.total_steps = self._count_iterations(batch_size * args.num_return_sequences)
         optimizer_steps = self.total_steps * steps_per_iteration(args)
         actor, critic = (
             TrainingEngine(model, OptimizerSettings.from_arguments(args, prefix), optimizer_steps, name)
@@ -107,26 +79,38 @@ class PPOTrainer:
         )
         self.score_scaler = ScoreScaler()
         self.timer = offload.timer
-        self.collector = Collector(
+        self.collector = self._build_collector(drops_copy="train_model" in offload.levels)
+        for engine in (critic, actor):  # the order of use: the actor samples, then all score, the critic last
+            offload.add_trained(engine)
+        self.episodes = 0
+
+    def _count_iterations(self, answers: int) -> int:
+        """Of the whole run; answers: of one iteration."""
+        args = self.args
+        if args.rollout_token_budget is not None and args.rollout_token_budget < answers:
+            raise UsageError(
+                f'"rollout_token_budget": {args.rollout_token_budget} is less than a token for each of an '
+                f"iteration's {answers} answers"
+            )
+        if args.total_episodes:
+            return math.ceil(args.total_episodes / answers)
+        return total_steps(args, self.schedule.steps_per_epoch)
+
+    def _build_collector(self, drops_copy: bool) -> Collector:
+        args, models, learner = self.args, self.models, self.learner
+        decode = partial(models.tokenizer.decode, skip_special_tokens=False)
+        return Collector(
             sampler=Sampler(
-                actor,
-                args.eval_mode,
-                args.rollout_batch_size,
-                args.use_fusemt,
-                partial(models.tokenizer.decode, skip_special_tokens=False),
-                drops_copy="train_model" in offload.levels,
+                learner.actor, args.eval_mode, args.rollout_batch_size, args.use_fusemt, decode, drops_copy
             ),
-            actor=actor.pipeline,
+            actor=learner.actor.pipeline,
             reference=models.reference,
-            critic=critic.pipeline,
+            critic=learner.critic.pipeline,
             rewards=models.rewards,
             tokenizer=models.tokenizer,
             batch_size=args.per_device_eval_batch_size,
             timer=self.timer,
         )
-        for engine in (critic, actor):  # the order of use: the actor samples, then all score, the critic last
-            offload.add_trained(engine)
-        self.episodes = 0
 
     def train(self) -> dict[str, float]:
         """Run all iterations, evaluate and save on the way. Returns the last evaluation's metrics."""
@@ -263,15 +247,3 @@ class PPOTrainer:
 def critic_checkpoint(policy: Path) -> Path:
     """The value model's checkpoint of the same iteration as ``policy``, output_dir/policy/checkpoint-N."""
     return policy.parent.parent / PARTS[1] / policy.name
-
-
-def check_reference(experience: Experience, tolerance: float) -> None:
-    """Raises RunError unless the KL to the reference is 0, as it must be before the first step."""
-    mask = experience.response_mask
-    difference = float(np.abs(np.where(mask, experience.log_probs - experience.ref_log_probs, 0.0)).max(initial=0.0))
-    if not difference <= tolerance:
-        raise RunError(
-            f"self-check: before the first step the policy's log-probabilities differ from the reference's by "
-            f'{difference:.3g}, more than "self_check_tolerance" {tolerance:g}: the two did not start from the same '
-            "weights, or the rollout engine is wrong"
-        )

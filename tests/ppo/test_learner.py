@@ -16,7 +16,7 @@ from alignment.ppo.learner import Learner, policy_loss
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.policy import hidden_states, response_log_probs
 from alignment.ppo.models.value import load_value
-from alignment.ppo.trainer import check_reference
+from alignment.ppo.self_check import check_reference
 from alignment.runtime.faults import RunError
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from tests.models.reference import make_config, random_weights, write_checkpoint
