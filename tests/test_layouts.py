@@ -46,6 +46,14 @@ LORA = [
     Launch("pp2", 2, 1, 4, PP2),
     Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
 ]
+TRUNK = [
+    Launch("accumulate4", accumulation=4),
+    Launch("sharding2_stage2", 2, 2, 2, "--sharding stage2"),
+    Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
+    Launch("tp2_sp_recompute", 2, 1, 1, f"{TP2} {SP} {RECOMPUTE}"),
+    Launch("pp2", 2, 1, 4, PP2),
+    Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
+]
 FULL = [
     *FAST,
     *FAST_ROLLOUT,
@@ -114,6 +122,12 @@ def test_adapters(trajectories, launch):
 
 
 @pytest.mark.layouts
+@pytest.mark.parametrize("launch", TRUNK, ids=lambda launch: launch.name)
+def test_critic_on_the_policys_layers(trajectories, launch):
+    assert_same(trajectories, launch, "trunk")
+
+
+@pytest.mark.layouts
 @pytest.mark.parametrize(("name", "launch", "scenarios"), MISTAKES, ids=[name for name, *_ in MISTAKES])
 def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
     expected = trajectories(SINGLE, scenarios)
@@ -126,7 +140,7 @@ def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
 @pytest.mark.layouts
 @pytest.mark.parametrize(
     ("saved", "resumed", "scenarios"),
-    [("tp2_pp2", "dp2", "fast"), ("dp2", "tp2_pp2", "fast"), ("tp2", "pp2", "lora")],
+    [("tp2_pp2", "dp2", "fast"), ("dp2", "tp2_pp2", "fast"), ("tp2", "pp2", "lora"), ("pp2", "tp2", "trunk")],
 )
 def test_resume_in_another_layout(project, trajectories, saved, resumed, scenarios):
     by_name = {launch.name: launch for launch in FAST}

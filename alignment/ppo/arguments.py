@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from alignment.ppo.controllers import SCORE_SCALINGS
 from alignment.runtime.argument_fields import argument
 from alignment.runtime.faults import UsageError
 from alignment.training.arguments import SCHEDULES, DataArguments, StageArguments
@@ -25,6 +26,12 @@ class TrainingArguments(StageArguments):
         choices=("ppo", "apa", "awr"),
     )
     clip_range_ratio: float = argument(0.2, "ppo: the ratio is clipped to 1 +- this.", group="Objective", gt=0)
+    apa_anchor: str = argument(
+        "initial",
+        "apa: the policy that the log-ratio is against: initial, the reference; old, the one that sampled.",
+        group="Objective",
+        choices=("initial", "old"),
+    )
     apa_lambda: float = argument(0.1, "apa: scale of the log-ratio against the advantage.", group="Objective", gt=0)
     awr_beta: float = argument(1.0, "awr: temperature; weights are exp(advantage / beta).", group="Objective", gt=0)
     awr_weight_clip: float | None = argument(None, "awr: largest weight; null: no limit.", group="Objective", gt=0)
@@ -32,8 +39,13 @@ class TrainingArguments(StageArguments):
     ptx_coeff: float = argument(0.0, "Weight of the language-model loss on ptx_datasets.", group="Objective", ge=0)
     gamma: float = argument(1.0, "Discount of rewards.", group="Objective", ge=0, le=1)
     gae_lambda: float = argument(0.95, "Lambda of generalised advantage estimation.", group="Objective", ge=0, le=1)
-    normalize_advantage: bool = argument(
-        False, "Whiten advantages over all answers of an iteration.", group="Objective"
+    normalize_advantage: bool = argument(False, "Whiten advantages, over whitening_scope.", group="Objective")
+    whitening_scope: str = argument(
+        "batch",
+        "Whose mean and deviation whitening uses: batch, all answers of an iteration; rank, those of one share of it, "
+        "as data-parallel processes have it: the result then depends on their number.",
+        group="Objective",
+        choices=("batch", "rank"),
     )
     update_iters: int = argument(1, "Passes over each iteration's answers.", group="Objective", ge=1)
     target_kl: float | None = argument(
@@ -47,7 +59,21 @@ class TrainingArguments(StageArguments):
     )
     kl_target: float | None = argument(None, "adaptive: KL per answer to aim at, in nats.", group="Reward", gt=0)
     kl_horizon: float = argument(10000.0, "adaptive: answers over which it corrects.", group="Reward", gt=0)
-    normalize_reward: bool = argument(False, "Normalise scores by running mean and deviation.", group="Reward")
+    normalize_reward: bool = argument(False, 'The same as score_scaling "normalize".', group="Reward")
+    score_scaling: str = argument(
+        "none",
+        "Puts scores on one scale: normalize by running mean and deviation; divide by the running deviation, by that "
+        "of the first iteration, or by score_std (fixed).",
+        group="Reward",
+        choices=SCORE_SCALINGS,
+    )
+    score_std: float | None = argument(None, "fixed: what scores are divided by.", group="Reward", gt=0)
+    score_centering: str = argument(
+        "none",
+        "reference: take off an answer's score that of the data set's own (better) answer to the prompt.",
+        group="Reward",
+        choices=("none", "reference"),
+    )
     clip_range_score: float = argument(50.0, "Scores are clipped to +- this.", group="Reward", gt=0)
     missing_eos_penalty: float = argument(0.0, "Taken off the score of an answer without end.", group="Reward", ge=0)
     reward_function: str | None = argument(
@@ -124,6 +150,14 @@ class TrainingArguments(StageArguments):
         group="Precision and memory",
     )
 
+    critic_shares_trunk: bool = argument(
+        False,
+        "The critic is a value head on the policy's own layers, learnt in the same step, instead of a model.",
+        group="Critic",
+    )
+    value_loss_coeff: float = argument(
+        1.0, "critic_shares_trunk: weight of the value loss beside the policy's.", group="Critic", ge=0
+    )
     critic_learning_rate: float | None = argument(None, "Default: learning_rate.", group="Critic", gt=0)
     critic_weight_decay: float | None = argument(None, "Default: weight_decay.", group="Critic", ge=0)
     critic_lr_scheduler_type: str | None = argument(
@@ -150,6 +184,7 @@ class TrainingArguments(StageArguments):
         _settle_lengths(values)
         _validate_batches(values)
         _validate_rewards(values)
+        _settle_score_scaling(values)
         _validate_rollout(values)
         if values["kl_controller"] == "adaptive" and values["kl_target"] is None:
             raise UsageError('"kl_controller": "adaptive" needs "kl_target"')
@@ -216,6 +251,25 @@ def _validate_rewards(values: dict[str, Any]) -> None:
         raise UsageError(f'"reward_weights": {weights} must hold {len(sources)}, one each for {", ".join(sources)}')
 
 
+def _settle_score_scaling(values: dict[str, Any]) -> None:
+    if values["normalize_reward"]:
+        if values["score_scaling"] not in ("none", "normalize"):
+            raise UsageError(f'"score_scaling": "{values["score_scaling"]}" excludes "normalize_reward": true')
+        values["score_scaling"] = "normalize"
+    if (values["score_scaling"] == "fixed") != (values["score_std"] is not None):
+        raise UsageError('"score_scaling": "fixed" and "score_std" need each other')
+
+
+def _validate_shared_trunk(values: dict[str, Any]) -> None:
+    """What a critic that is a model of its own could have, and a head cannot."""
+    own = [name for name in values if name.startswith("critic_") and name != "critic_shares_trunk"]
+    for name in (*own, "reward_critic_model_name_or_path"):
+        if values[name] is not None:
+            raise UsageError(f'"{name}" needs a critic of its own: give it or "critic_shares_trunk", not both')
+    if values["lora"]:
+        raise UsageError('"critic_shares_trunk": give it or "lora", which shares the weights of all models, not both')
+
+
 @dataclass
 class ModelArgument:
     """Where the models come from. The reference is the actor's start."""
@@ -233,6 +287,8 @@ class ModelArgument:
     @staticmethod
     def validate(values: dict[str, Any]) -> None:
         """Settles which model the critic starts from."""
+        if values["critic_shares_trunk"]:
+            return _validate_shared_trunk(values)
         values["reward_critic_model_name_or_path"] = (
             values["reward_critic_model_name_or_path"]
             or values["reward_model_name_or_path"]

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -12,15 +12,16 @@ import paddle
 
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.pipeline import MicroBatch, Pipeline
-from alignment.parallel.topology import topology
 from alignment.ppo.experience import Experience, merge
 from alignment.ppo.models.policy import Packed, before_targets, pack_responses, response_log_probs
+from alignment.ppo.reference_answers import ReferenceScores
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
+from alignment.ppo.rewards.divided import score_divided
 from alignment.ppo.rollout.balance import ExpectedLengths, share_out
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from alignment.runtime.timing import PhaseTimer
-from alignment.training.batches import deal, own_micro_batches
+from alignment.training.batches import own_micro_batches
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Collected:
 
     answers: N decoded answers; components: {"rewards/<source>": float32 [N]}, unweighted.
     statistics: metrics of the rollout that the experience does not tell.
+    reference_scores: float32 [N], scores of the data set's own answers to the same prompts; None if not asked for.
     """
 
     experience: Experience
     answers: list[str]
     components: dict[str, np.ndarray]
     statistics: dict[str, float]
+    reference_scores: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Collector:
     tokenizer: object
     batch_size: int
     timer: PhaseTimer
+    reference_scores: ReferenceScores | None = None
     expected: ExpectedLengths = field(default_factory=ExpectedLengths)
 
     def collect(
@@ -83,6 +87,9 @@ class Collector:
         self.expected.update(collected.experience.prompt_id, collected.experience.lengths)
         experience, temperature = collected.experience, sampling.temperature or 1.0
         with self.timer("score"):
+            if self.reference_scores is not None:
+                items = [prompts[row // (sampling.keep or samples_per_prompt)] for row in experience.row]
+                collected = replace(collected, reference_scores=self.reference_scores(items))
             self._fill_log_probs(experience.ref_log_probs, self.reference, experience, temperature)
             if not trust_engine:
                 self._fill_log_probs(experience.log_probs, self.actor, experience, temperature)
@@ -139,33 +146,19 @@ class Collector:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _reward(self, items: list[dict], answers: list[str], experience: Experience) -> dict[str, np.ndarray]:
-        """Fill in the scores, every process judging its share; returns the components of each."""
-        place = topology()
-        own = deal(range(len(items)), experience.lengths.__getitem__, place.data_rank, place.data_size)
-        judged = gather_objects((own, *self._judge(own, items, answers, experience)))
-        names = next(components for rows, _, components in judged if rows)
-        whole = {name: np.zeros(len(items), dtype=np.float32) for name in names}
-        for rows, scores, components in judged:
-            experience.scores[rows] = scores
-            for name, values in components.items():
-                whole[name][rows] = values
-        return whole
-
-    def _judge(
-        self, rows: list[int], items: list[dict], answers: list[str], experience: Experience
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        if not rows:  # fewer answers than processes
-            self.rewards.sit_out()
-            return np.zeros([0], dtype=np.float32), {}
+        """Fill in the scores; returns the components of each."""
         batch = RewardBatch(
-            prompts=[items[row]["prompt"] for row in rows],
-            responses=[answers[row] for row in rows],
-            finished=experience.finished[rows],
-            samples=[items[row]["sample"] for row in rows],
-            prompt_ids=[items[row]["input_ids"] for row in rows],
-            response_ids=[experience.response_ids[row][experience.response_mask[row]] for row in rows],
+            prompts=[item["prompt"] for item in items],
+            responses=answers,
+            finished=experience.finished,
+            samples=[item["sample"] for item in items],
+            prompt_ids=[item["input_ids"] for item in items],
+            response_ids=[
+                ids[mask] for ids, mask in zip(experience.response_ids, experience.response_mask, strict=True)
+            ],
         )
-        return self.rewards.score(batch)
+        experience.scores[:], components = score_divided(self.rewards, batch)
+        return components
 
     def _fill_log_probs(
         self, target: np.ndarray, model: Pipeline, experience: Experience, temperature: float

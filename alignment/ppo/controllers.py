@@ -12,7 +12,7 @@ from paddle import Tensor
 
 from alignment.ppo.losses import VARIANCE_EPSILON, masked_moments, mean_variance
 
-SCORE_SCALINGS = ("normalize", "running", "first")
+SCORE_SCALINGS = ("none", "normalize", "running", "first", "fixed")
 
 
 class _State:
@@ -105,18 +105,22 @@ class RunningMoments(_State):
 class ScoreScaler(_State):
     """Puts scores on one scale before they become rewards.
 
+    none       leave them
     normalize  subtract the running mean, divide by the running standard deviation
     running    divide by the running standard deviation only: the zero of the scores keeps its meaning
     first      divide by the standard deviation of the first batch, for the whole run
+    fixed      divide by ``std``
     """
 
     STATE = ("moments",)
 
-    def __init__(self, scaling: str = "normalize"):
-        """Raises ValueError for another scaling."""
+    def __init__(self, scaling: str = "normalize", std: float | None = None):
+        """Raises ValueError for another scaling, or for "fixed" without ``std``."""
         if scaling not in SCORE_SCALINGS:
             raise ValueError(f"score scaling {scaling!r}: allowed are {', '.join(SCORE_SCALINGS)}")
-        self.scaling = scaling
+        if scaling == "fixed" and std is None:
+            raise ValueError("score scaling 'fixed' needs std")
+        self.scaling, self.std = scaling, std
         self.running = RunningMoments()
 
     def scale(self, scores: Tensor, moments: Tensor | None = None) -> Tensor:
@@ -124,6 +128,8 @@ class ScoreScaler(_State):
 
         moments: losses.masked_moments of the scores of all ranks; default: those of ``scores``.
         """
+        if self.scaling in ("none", "fixed"):
+            return scores / (self.std or 1.0)
         if self.scaling != "first" or self.running.count == 0:
             self.running.update(masked_moments(scores) if moments is None else moments)
         return self.running.normalize(scores) if self.scaling == "normalize" else scores / self.running.std

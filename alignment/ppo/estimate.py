@@ -1,20 +1,33 @@
 """From experience to targets: shaped rewards, advantages, returns. Every rank computes the same on the whole."""
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+import paddle
+
+from alignment.parallel.topology import topology
 from alignment.ppo import losses
 from alignment.ppo.collect import as_tensors
+from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
 from alignment.ppo.experience import Experience, Targets
+from alignment.training.batches import deal
 
 
-def estimate(experience: Experience, args, controller, moments) -> tuple[Targets, dict[str, float]]:
+def estimate(
+    experience: Experience,
+    args: Any,
+    controller: FixedKLController | AdaptiveKLController,
+    scaler: ScoreScaler,
+    reference_scores: np.ndarray | None = None,
+) -> tuple[Targets, dict[str, float]]:
     """Score -> token rewards -> GAE -> targets, with the metrics that describe them.
 
     Args:
         args: PPO's TrainingArguments.
-        controller: KL controller; its coefficient is used, then updated with this batch's KL.
-        moments: running moments of the scores, used and updated if ``normalize_reward``.
+        controller: its coefficient is used, then updated with this batch's KL.
+        scaler: scales the scores, and takes them in.
+        reference_scores: float32 [N], taken off the scores first; None: nothing is.
     """
     log_probs, ref_log_probs, values, mask, finished, scores = as_tensors(
         experience.log_probs,
@@ -22,21 +35,19 @@ def estimate(experience: Experience, args, controller, moments) -> tuple[Targets
         experience.values,
         experience.response_mask,
         experience.finished,
-        experience.scores,
+        experience.scores if reference_scores is None else experience.scores - reference_scores,
     )
     clip = args.clip_range_score
     scores = losses.penalize_missing_eos(scores, finished, args.missing_eos_penalty)
-    shaped = moments.scale(scores) if args.normalize_reward else scores
+    shaped = scaler.scale(scores)
     kl = losses.kl_estimate(log_probs, ref_log_probs, mask, args.kl_estimator)
     rewards = losses.token_rewards(shaped, kl, controller.coefficient, mask, clip)
     advantages, returns = losses.gae(rewards, values, mask, args.gamma, args.gae_lambda)
     explained = losses.explained_variance(
         losses.masked_moments(returns, mask), losses.masked_moments(returns - values, mask)
     )
-    targets = Targets(
-        advantages=(losses.whiten(advantages, mask) if args.normalize_advantage else advantages).numpy(),
-        returns=returns.numpy(),
-    )
+    if args.normalize_advantage:
+        advantages = whiten_advantages(advantages, mask, args.whitening_scope)
     sequence_kl = losses.kl_estimate(log_probs, ref_log_probs, mask, "k1").sum(-1)
     non_score = -controller.coefficient * kl.sum(-1)
     metrics = {
@@ -50,8 +61,25 @@ def estimate(experience: Experience, args, controller, moments) -> tuple[Targets
         "val/num_eos_tokens": float(experience.finished.sum()),
         **describe_rollout(experience),
     }
+    if reference_scores is not None:
+        metrics["objective/reference_scores"] = float(reference_scores.mean())
     controller.update(metrics["objective/kl"], len(experience))
-    return targets, metrics
+    return Targets(advantages=advantages.numpy(), returns=returns.numpy()), metrics
+
+
+def whiten_advantages(advantages: paddle.Tensor, mask: paddle.Tensor, scope: str) -> paddle.Tensor:
+    """Whitened advantages [N, T]: over all answers ("batch"), or over each data-parallel share of them ("rank").
+
+    Shares are dealt by length, as minibatches are (alignment.training.batches.deal).
+    """
+    if scope == "batch":
+        return losses.whiten(advantages, mask)
+    whitened, lengths, count = paddle.zeros_like(advantages), mask.sum(-1).tolist(), topology().data_size
+    for index in range(min(count, len(lengths))):
+        rows = paddle.to_tensor(deal(range(len(lengths)), lengths.__getitem__, index, count))
+        part = losses.whiten(advantages[rows], mask[rows])
+        whitened = paddle.scatter(whitened, rows, part)
+    return whitened
 
 
 def describe_rollout(experience: Experience) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,13 +23,15 @@ from alignment.ppo import losses
 from alignment.ppo.collect import as_tensors, pack_experience, response_values
 from alignment.ppo.experience import Experience, Targets
 from alignment.ppo.losses import PolicyStats
-from alignment.ppo.models.policy import response_log_probs
+from alignment.ppo.models.policy import Packed, response_log_probs
 from alignment.ppo.self_check import check_log_probs
 from alignment.sft.loss import count_labels, supervised_micro_batch
 from alignment.training.batches import BatchSchedule, idle_rounds, own_micro_batches
 from alignment.training.engine import TrainingEngine
 
 Sums = Counter[str]
+# Final hidden states [B, L, H] -> loss, sums over its tokens, largest |log ratio|.
+Objective = Callable[[paddle.Tensor], tuple[paddle.Tensor, dict[str, float], float]]
 
 
 class Learner:
@@ -36,13 +39,13 @@ class Learner:
 
     Args:
         args: PPO's TrainingArguments.
-        actor, critic: engines of the policy and the value model.
+        actor, critic: engines of the policy and the value model; critic None: it is a head on the policy.
         ptx_set: data.SupervisedDataset for the language-model term (args.ptx_coeff), or None. Each optimizer step
             takes as many of its texts as it takes answers.
     """
 
     def __init__(
-        self, args: Any, actor: TrainingEngine, critic: TrainingEngine, ptx_set: Any | None = None
+        self, args: Any, actor: TrainingEngine, critic: TrainingEngine | None, ptx_set: Any | None = None
     ) -> None:
         self.args, self.actor, self.critic, self.ptx_set = args, actor, critic, ptx_set
         own = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -73,11 +76,17 @@ class Learner:
                     step_sums["ptx"] = self._learn_texts(steps_per_iteration(self.args) * (iteration - 1) + number)
                 sums.update(step_sums | {"actor_norm": self.actor.step()["grad_norm"], "steps": 1.0})
                 minibatches.append(rows)
+        if self.critic is not None:
+            sums.update(self._update_critic(experience, targets, minibatches))
+        return _describe(sums) | {"rollout/probs_diff_max": difference, **self._rates()}
+
+    def _update_critic(self, experience: Experience, targets: Targets, minibatches: list[np.ndarray]) -> Sums:
+        sums: Sums = Counter()
         with self.critic.learning():
             for rows in minibatches:
                 step_sums, _ = self._accumulate(self.critic, self._value_micro_batch, experience, targets, rows)
                 sums.update(step_sums | {"critic_norm": self.critic.step()["grad_norm"]})
-        return _describe(sums) | {"rollout/probs_diff_max": difference, **self._rates()}
+        return sums
 
     def _minibatches(self, count: int, iteration: int) -> Iterator[np.ndarray]:
         """Rows of each optimizer step; every pass shuffles the whole batch, by the seed alone."""
@@ -109,12 +118,21 @@ class Learner:
         return total, float(np.max(differences))
 
     def _policy_micro_batch(self, part: Experience, targets: Targets, tokens: float) -> MicroBatch:
-        args, model = self.args, self.actor.model
+        """The policy's loss, and the value loss too where the critic is a head on the policy."""
         packed, mask = pack_experience(part)
+        objectives = [(1.0, self._policy_objective(part, targets, packed, mask, tokens))]
+        if self.critic is None:
+            value = _value_objective(self.args, self.actor.model, part, targets, packed, mask, tokens)
+            objectives.append((self.args.value_loss_coeff, value))
+        return MicroBatch(packed.input_ids, packed.attention_mask, partial(_weigh, objectives))
+
+    def _policy_objective(
+        self, part: Experience, targets: Targets, packed: Packed, mask: paddle.Tensor, tokens: float
+    ) -> Objective:
+        args, model = self.args, self.actor.model
         old, anchor, advantages = as_tensors(part.log_probs, part.ref_log_probs, targets.advantages)
 
-        def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[dict[str, float], float]]:
-            """The policy's objective, and sums over its tokens, from final hidden states [B, L, H]."""
+        def objective(hidden: paddle.Tensor) -> tuple[paddle.Tensor, dict[str, float], float]:
             new, entropy = response_log_probs(
                 model, hidden, packed, mask, args.temperature, train_entropy=args.entropy_coeff > 0
             )
@@ -123,21 +141,14 @@ class Learner:
             sums = {name: float(value) for name, value in stats._asdict().items()}
             sums |= {"policy": float(loss), "entropy": float(mean_entropy)}
             difference = paddle.where(mask, (new.detach() - old).abs(), paddle.zeros_like(old)).max()
-            return loss - args.entropy_coeff * mean_entropy, (sums, float(difference))
+            return loss - args.entropy_coeff * mean_entropy, sums, float(difference)
 
-        return MicroBatch(packed.input_ids, packed.attention_mask, finish)
+        return objective
 
     def _value_micro_batch(self, part: Experience, targets: Targets, tokens: float) -> MicroBatch:
-        model = self.critic.model
         packed, mask = pack_experience(part)
-        old, returns = as_tensors(part.values, targets.returns)
-
-        def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[dict[str, float], float]]:
-            values = response_values(model, hidden, packed, mask)
-            loss, stats = losses.value_loss(values, old, returns, mask, self.args.clip_range_value, tokens)
-            return loss, ({"value": float(loss), "value_clipped": float(stats.clipped)}, 0.0)
-
-        return MicroBatch(packed.input_ids, packed.attention_mask, finish)
+        value = _value_objective(self.args, self.critic.model, part, targets, packed, mask, tokens)
+        return MicroBatch(packed.input_ids, packed.attention_mask, partial(_weigh, [(1.0, value)]))
 
     def _learn_texts(self, number: int) -> float:
         """Mix the language-model term into the actor's step ``number`` of the run; returns its mean over the batch."""
@@ -151,7 +162,40 @@ class Learner:
         return sum(loss for loss, _ in chain(*gather_objects(reports)))
 
     def _rates(self) -> dict[str, float]:
-        return {"lr": self.actor.learning_rate, "critic/lr": self.critic.learning_rate}
+        rates = {"lr": self.actor.learning_rate}
+        return rates if self.critic is None else rates | {"critic/lr": self.critic.learning_rate}
+
+
+def _value_objective(
+    args: Any,
+    model: paddle.nn.Layer,
+    part: Experience,
+    targets: Targets,
+    packed: Packed,
+    mask: paddle.Tensor,
+    tokens: float,
+) -> Objective:
+    """model: has ``scores``, final hidden states -> values."""
+    old, returns = as_tensors(part.values, targets.returns)
+
+    def objective(hidden: paddle.Tensor) -> tuple[paddle.Tensor, dict[str, float], float]:
+        values = response_values(model, hidden, packed, mask)
+        loss, stats = losses.value_loss(values, old, returns, mask, args.clip_range_value, tokens)
+        return loss, {"value": float(loss), "value_clipped": float(stats.clipped)}, 0.0
+
+    return objective
+
+
+def _weigh(
+    objectives: list[tuple[float, Objective]], hidden: paddle.Tensor
+) -> tuple[paddle.Tensor, tuple[Sums, float]]:
+    """The weighted sum of losses on the same hidden states, and as report all sums and the largest difference."""
+    total, sums, largest = 0.0, Counter(), 0.0
+    for weight, objective in objectives:
+        loss, own, difference = objective(hidden)
+        total, largest = total + weight * loss, max(largest, difference)
+        sums.update(own)
+    return total, (sums, largest)
 
 
 def steps_per_iteration(args: Any) -> int:
@@ -172,6 +216,7 @@ def policy_loss(
 ) -> tuple[paddle.Tensor, PolicyStats]:
     """The objective that args.policy_loss names; tensors [B, T] and ``tokens``, the denominator, as in losses.py."""
     if args.policy_loss == "apa":
+        anchor = old if args.apa_anchor == "old" else anchor
         return losses.apa_loss(new, old, anchor, advantages, mask, args.apa_lambda, tokens)
     if args.policy_loss == "awr":
         return losses.awr_loss(new, old, advantages, mask, args.awr_beta, args.awr_weight_clip, tokens)
@@ -192,8 +237,9 @@ def _describe(sums: Sums) -> dict[str, float]:
         "val/ratio": ratio,
         "val/ratio_var": max(sums["ratio_sq"] / tokens - ratio * ratio, 0.0),
         "actor/grad_norm": sums["actor_norm"] / steps,
-        "critic/grad_norm": sums["critic_norm"] / steps,
     }
+    if "critic_norm" in sums:
+        metrics["critic/grad_norm"] = sums["critic_norm"] / steps
     if "ptx" in sums:
         metrics["loss/ptx_avg"] = sums["ptx"] / steps
     if sums["weight_sq"] > 0:  # AWR: how many of the tokens carry the gradient

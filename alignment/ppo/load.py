@@ -17,7 +17,7 @@ from alignment.ppo.models.lora import LoRASettings
 from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.tokenizer import Tokenizer, load_tokenizer
-from alignment.ppo.models.value import load_value
+from alignment.ppo.models.value import add_value_head, load_value
 from alignment.ppo.offload import Offload
 from alignment.ppo.rewards import RewardSource, WeightedRewards
 from alignment.ppo.rewards.model import ModelReward
@@ -81,7 +81,10 @@ class ModelLoader:
         passes = self._passes_of_reference(reference)
         actor = load_named(ACTOR, load_policy, self.policy or start, dtype, args.recompute, here)
         load_named("num_layers_unfrozen", set_trainable_layers, actor, args.num_layers_unfrozen)
-        critic = self._separate_critic(self.value or self.model_args.reward_critic_model_name_or_path)
+        if args.critic_shares_trunk:
+            critic = load_named("resume_from_checkpoint", add_value_head, actor, args.seed, self.value)
+        else:
+            critic = self._separate_critic(self.value or self.model_args.reward_critic_model_name_or_path)
         return reward, passes, actor, critic
 
     def _sharing(self) -> tuple[ModelReward | None, Pipeline, paddle.nn.Layer, paddle.nn.Layer]:

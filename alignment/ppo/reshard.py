@@ -73,7 +73,8 @@ class Sampler:
         if self.is_copy:
             model = _build_alike(model, wanted)
             self.target = dict(model.named_parameters())
-            self.names = gather_objects(list(_own_parameters(actor.model)), "pipe")  # of every stage
+            own = [name for name in _own_parameters(actor.model) if name in self.target]  # a value head stays behind
+            self.names = gather_objects(own, "pipe")  # of every stage
             self.drops_copy = drops_copy
             self._drop_copy()
         elif model.placement.sequence_parallel:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import paddle
+
 from alignment.parallel.topology import topology
 from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
@@ -19,6 +21,7 @@ from alignment.ppo.learner import Learner, steps_per_iteration
 from alignment.ppo.load import Models
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.offload import Offload
+from alignment.ppo.reference_answers import ReferenceScores
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.ppo.self_check import check_reference
@@ -67,20 +70,21 @@ class PPOTrainer:
         self.schedule = BatchSchedule(len(prompts), batch_size, args.data_seed, args.dataloader_drop_last)
         self.total_steps = self._count_iterations(batch_size * args.num_return_sequences)
         optimizer_steps = self.total_steps * steps_per_iteration(args)
-        actor, critic = (
+        trained = [(models.actor, "", "actor"), (models.critic, "critic_", "critic")]
+        engines = [
             TrainingEngine(model, OptimizerSettings.from_arguments(args, prefix), optimizer_steps, name)
-            for model, prefix, name in ((models.actor, "", "actor"), (models.critic, "critic_", "critic"))
-        )
-        self.learner = Learner(args, actor, critic, ptx_set)
+            for model, prefix, name in trained[: 1 if args.critic_shares_trunk else 2]
+        ]
+        self.learner = Learner(args, engines[0], engines[1] if len(engines) > 1 else None, ptx_set)
         self.controller = (
             AdaptiveKLController(args.kl_coeff, args.kl_target, args.kl_horizon)
             if args.kl_controller == "adaptive"
             else FixedKLController(args.kl_coeff)
         )
-        self.score_scaler = ScoreScaler()
+        self.score_scaler = ScoreScaler(args.score_scaling, args.score_std)
         self.timer = offload.timer
         self.collector = self._build_collector(drops_copy="train_model" in offload.levels)
-        for engine in (critic, actor):  # the order of use: the actor samples, then all score, the critic last
+        for engine in reversed(engines):  # the order of use: the actor samples, then all score, the critic last
             offload.add_trained(engine)
         self.episodes = 0
 
@@ -99,17 +103,22 @@ class PPOTrainer:
     def _build_collector(self, drops_copy: bool) -> Collector:
         args, models, learner = self.args, self.models, self.learner
         decode = partial(models.tokenizer.decode, skip_special_tokens=False)
+        references = None
+        if args.score_centering == "reference":
+            references = ReferenceScores(models.rewards, models.tokenizer)
+            references.check(self.prompts)
         return Collector(
             sampler=Sampler(
                 learner.actor, args.eval_mode, args.rollout_batch_size, args.use_fusemt, decode, drops_copy
             ),
             actor=learner.actor.pipeline,
             reference=models.reference,
-            critic=learner.critic.pipeline,
+            critic=(learner.critic or learner.actor).pipeline,
             rewards=models.rewards,
             tokenizer=models.tokenizer,
             batch_size=args.per_device_eval_batch_size,
             timer=self.timer,
+            reference_scores=references,
         )
 
     def train(self) -> dict[str, float]:
@@ -134,7 +143,9 @@ class PPOTrainer:
         checked = iteration == 1 and self._is_float32()
         if checked:
             check_reference(experience, self.args.self_check_tolerance)
-        targets, metrics = estimate(experience, self.args, self.controller, self.score_scaler)
+        targets, metrics = estimate(
+            experience, self.args, self.controller, self.score_scaler, collected.reference_scores
+        )
         with self.timer("update"):
             tolerance = self.args.self_check_tolerance if checked else math.inf
             metrics |= self.learner.update(experience, targets, iteration, tolerance)
@@ -203,11 +214,12 @@ class PPOTrainer:
             "score_scaler": self.score_scaler.state_dict(),
             "expected_lengths": self.collector.expected.state_dict(),
         }
-        for part, engine in (("value", self.learner.critic), ("policy", self.learner.actor)):
+        actor, critic = self.learner.actor, self.learner.critic
+        for part, model, engine in (("value", self.models.critic, critic), ("policy", self.models.actor, actor)):
 
-            def save_weights(directory: Path, engine: TrainingEngine = engine) -> None:
-                with engine.shards.whole_model():
-                    save_model(engine.model, self.models.tokenizer, directory)
+            def save_weights(directory: Path, model: paddle.nn.Layer = model, engine: Any = engine) -> None:
+                with (engine or actor).shards.whole_model():
+                    save_model(model, self.models.tokenizer, directory)
 
             save_checkpoint(self.output_dir / part, iteration, save_weights, engine, state)
         for part in PARTS:
@@ -229,7 +241,8 @@ class PPOTrainer:
         """The iteration to go on after; 0 for a fresh run."""
         if self.checkpoint is None:
             return 0
-        load_training_state(critic_checkpoint(self.checkpoint), self.learner.critic)
+        if self.learner.critic is not None:
+            load_training_state(critic_checkpoint(self.checkpoint), self.learner.critic)
         state = load_training_state(self.checkpoint, self.learner.actor)
         self.episodes = state["episodes"]
         self.controller.load_state_dict(state["kl_controller"])

@@ -49,23 +49,24 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, save_weights: Callable[[Path], None], engine: TrainingEngine, state: dict
+    output_dir: Path, step: int, save_weights: Callable[[Path], None], engine: TrainingEngine | None, state: dict
 ) -> Path:
     """Write ``output_dir/checkpoint-<step>``.
 
     Args:
         save_weights: writes the model and its tokenizer into a directory.
-        engine: its optimizer state is saved.
+        engine: its optimizer state is saved; None: another checkpoint has it.
         state: JSON-able state of the run ("step" is added).
     """
 
     def write(directory: Path) -> None:
         save_weights(directory)
-        tensors, schedule = engine.state_dict()
-        _write_optimizer(directory, tensors)
+        content = {"step": step, **state}
+        if engine is not None:
+            tensors, content["schedule"] = engine.state_dict()
+            _write_optimizer(directory, tensors)
         if is_main_process():
-            text = json.dumps({"step": step, "schedule": schedule, **state}, indent=2)
-            (directory / "trainer_state.json").write_text(text + "\n")
+            (directory / "trainer_state.json").write_text(json.dumps(content, indent=2) + "\n")
 
     directory = Path(output_dir) / f"checkpoint-{step}"
     write_directory(directory, write)

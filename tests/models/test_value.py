@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import paddle
 import pytest
+from safetensors.numpy import load_file
 
 from alignment.ppo.models.loading import load_policy
+from alignment.ppo.models.policy import trunk
 from alignment.ppo.models.saving import save_model
-from alignment.ppo.models.value import end_scores, load_value
+from alignment.ppo.models.value import add_value_head, end_scores, load_value
 from alignment.runtime.faults import UsageError
 from tests.models.reference import hidden_states, make_config, random_weights, write_checkpoint
 
@@ -95,3 +97,34 @@ def test_bfloat16_scores_are_float32(checkpoint):
     model = load_value(checkpoint[0], dtype="bfloat16", recompute=True)
     assert {parameter.dtype for parameter in model.parameters()} == {paddle.bfloat16}
     assert scores_of(model, [IDS]).dtype == paddle.float32
+
+
+class TestValueHeadOnAPolicy:
+    def test_its_scores_are_those_of_the_policys_hidden_states(self, checkpoint):
+        directory, config, weights = checkpoint
+        policy = load_policy(directory)
+        critic = add_value_head(policy, seed=3)
+        assert critic.head_is_new and critic.score_head.weight is policy.score_head.weight
+        assert trunk(critic) is trunk(policy)
+        head = critic.score_head.weight.numpy().astype(np.float64)
+        expected = hidden_states(weights, config, IDS) @ head
+        np.testing.assert_allclose(scores_of(critic, [IDS])[0].numpy(), expected[:, 0], rtol=1e-4, atol=1e-4)
+        assert {"score_head.weight"} == dict(policy.named_parameters()).keys() - dict(
+            load_policy(directory).named_parameters()
+        ).keys()
+        other = add_value_head(load_policy(directory), seed=4)
+        assert not np.allclose(other.score_head.weight.numpy(), critic.score_head.weight.numpy())
+
+    def test_policy_and_critic_are_saved_apart(self, checkpoint, tmp_path):
+        directory, _, weights = checkpoint
+        policy = load_policy(directory)
+        critic = add_value_head(policy, seed=3)
+        save_model(policy, None, tmp_path / "policy")
+        save_model(critic, None, tmp_path / "value")
+        assert load_file(tmp_path / "policy" / "model.safetensors").keys() == weights.keys()
+        alone = load_value(tmp_path / "value", "critic")
+        assert not alone.head_is_new
+        np.testing.assert_allclose(scores_of(alone, [IDS]).numpy(), scores_of(critic, [IDS]).numpy(), rtol=1e-6)
+        again = add_value_head(load_policy(tmp_path / "policy"), seed=9, checkpoint=tmp_path / "value")
+        assert not again.head_is_new
+        np.testing.assert_array_equal(again.score_head.weight.numpy(), critic.score_head.weight.numpy())

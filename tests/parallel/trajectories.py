@@ -50,6 +50,13 @@ MODELS = {  # 292 tokens divide by 2 and 4; 289, what the tokenizer has, do not:
     "qwen2_untied": {"family": "qwen2", "tied": False, "vocab_size": 289},
 }
 LORA = {"lora": True, "lora_rank": 2, "learning_rate": 2e-2}
+SHARED_TRUNK = {
+    "critic_shares_trunk": True,
+    "value_loss_coeff": 0.5,
+    "score_centering": "reference",
+    "score_scaling": "running",
+    "normalize_reward": False,
+}
 VARIANTS = {  # name: (stage, arguments)
     "sft": ("sft", SUPERVISED),
     "sft_frozen": ("sft", SUPERVISED | {"num_layers_unfrozen": 1}),
@@ -62,6 +69,8 @@ VARIANTS = {  # name: (stage, arguments)
     "ppo_lora": ("ppo", ONLINE | LORA | {"reward_model_name_or_path": "adapted_reward_model"}),
     "apa_lora": ("ppo", ONLINE | LORA | {"policy_loss": "apa", "lora_target_modules": ["q_proj", "down_proj"]}),
     "awr": ("ppo", ONLINE | {"policy_loss": "awr", "awr_weight_clip": 2.0}),
+    "ppo_trunk": ("ppo", ONLINE | SHARED_TRUNK | {"num_layers_unfrozen": 2}),
+    "apa_trunk": ("ppo", ONLINE | SHARED_TRUNK | {"policy_loss": "apa", "apa_anchor": "old"}),
 }
 LEVELS = [" ".join(words) for n in range(len(OFFLOAD_LEVELS) + 1) for words in combinations(OFFLOAD_LEVELS, n)]
 OFFLOADED = {f"offload{i}": ("ppo", VARIANTS["ppo"][1] | {"offload_level": words}) for i, words in enumerate(LEVELS)}
@@ -78,6 +87,7 @@ SETS = {
     "full": [f"{variant}-{model}" for variant in VARIANTS for model in MODELS],
     "lora": ["sft_lora-llama_tied", "rm_lora-qwen2_untied", "ppo_lora-llama_tied", "apa_lora-qwen2_tied"],
     "rl": ["ppo-llama_tied"],
+    "trunk": ["ppo_trunk-llama_tied", "apa_trunk-qwen2_untied"],
     "supervised": ["sft-llama_tied"],
     "offload": [f"{variant}-llama_tied" for variant in OFFLOADED],
     "offload_lora": ["ppo_lora-llama_tied", "ppo_lora_offload-llama_tied"],

@@ -136,5 +136,15 @@ class TestScoreScaler:
         assert first.state_dict() == second.state_dict()
 
     def test_unknown_scaling(self):
-        with pytest.raises(ValueError, match="'zscore': allowed are normalize, running, first"):
+        with pytest.raises(ValueError, match="'zscore': allowed are none, normalize, running, first, fixed"):
             ScoreScaler("zscore")
+
+    @pytest.mark.parametrize(("scaling", "std", "expected"), [("none", None, [2, 4]), ("fixed", 4.0, [0.5, 1.0])])
+    def test_without_moments(self, scaling, std, expected):
+        scaler = ScoreScaler(scaling, std)
+        assert scaler.scale(paddle.to_tensor(self.BATCHES[0])).tolist() == expected
+        assert scaler.running.count == 0
+
+    def test_fixed_needs_a_deviation(self):
+        with pytest.raises(ValueError, match="'fixed' needs std"):
+            ScoreScaler("fixed")

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
-from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
+from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl, whiten_advantages
 from alignment.ppo.experience import Experience
 from tests.ppo.experiences import make_experience
 
 DEFAULTS = {
     "clip_range_score": 50.0,
     "missing_eos_penalty": 0.0,
-    "normalize_reward": False,
     "normalize_advantage": False,
+    "whitening_scope": "batch",
     "kl_estimator": "k1",
     "gamma": 1.0,
     "gae_lambda": 0.95,
@@ -37,7 +39,7 @@ def make_args(**changes) -> SimpleNamespace:
 
 
 def run(experience, args, coefficient=0.1, scaler=None):
-    return estimate(experience, args, FixedKLController(coefficient), scaler or ScoreScaler())
+    return estimate(experience, args, FixedKLController(coefficient), scaler or ScoreScaler("none"))
 
 
 def expected_of(experience: Experience, args, coefficient: float, shift=0.0, scale=1.0):
@@ -145,7 +147,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("scaling", ["normalize", "running"])
 def test_scores_are_scaled_by_all_seen_so_far_this_batch_included(scaling):
-    args, scaler = make_args(normalize_reward=True, missing_eos_penalty=0.5), ScoreScaler(scaling)
+    args, scaler = make_args(missing_eos_penalty=0.5), ScoreScaler(scaling)
     seen = []
     for seed in range(3):
         experience = make(seed)
@@ -156,33 +158,56 @@ def test_scores_are_scaled_by_all_seen_so_far_this_batch_included(scaling):
 
 
 def test_scaled_scores_are_clipped_after_scaling():
-    args = make_args(normalize_reward=True, clip_range_score=0.7)
+    args = make_args(clip_range_score=0.7)
     experience = make(3)
     scores = experience.scores.astype(np.float64)
     expected = expected_of(experience, args, 0.1, scores.mean(), scores.std(ddof=1))
-    assert_matches(experience, run(experience, args), expected)
+    assert_matches(experience, run(experience, args, scaler=ScoreScaler("normalize")), expected)
+
+
+def test_reference_scores_are_taken_off_before_everything_else():
+    experience, reference = make(4), np.linspace(-2, 1, 5).astype(np.float32)
+    args, scaler = make_args(missing_eos_penalty=0.5), ScoreScaler("fixed", 2.0)
+    targets, metrics = estimate(experience, args, FixedKLController(0.1), scaler, reference)
+    assert metrics.pop("objective/reference_scores") == pytest.approx(-0.5)
+    centred = replace(experience, scores=experience.scores - reference)
+    expected = expected_of(centred, args, 0.1, 0.0, 2.0)
+    for name in ("rollout/reward_mean", "rollout/reward_std"):  # what the sources gave
+        expected[2][name] = describe_rollout(experience)[name]
+    assert_matches(experience, (targets, metrics), expected)
+
+
+def test_whitening_over_each_share(monkeypatch):
+    """Two shares, dealt by length as minibatches are: answers 1, 4, 2 and 3, 0 of lengths 1, 3, 6 and 2, 4."""
+    monkeypatch.setattr("alignment.ppo.estimate.topology", lambda: SimpleNamespace(data_size=2))
+    experience = make(6)
+    mask = paddle.to_tensor(experience.response_mask)
+    advantages = np.random.default_rng(0).normal(3, 2, experience.response_mask.shape).astype(np.float32)
+    advantages[~experience.response_mask] = math.nan
+    found = whiten_advantages(paddle.to_tensor(advantages), mask, "rank").numpy()
+    for rows in ([1, 4, 2], [3, 0]):
+        valid = experience.response_mask[rows]
+        own = advantages[rows][valid].astype(np.float64)
+        np.testing.assert_allclose(found[rows][valid], (own - own.mean()) / own.std(ddof=1), atol=1e-5)
+        assert (found[rows][~valid] == 0).all()
+    whole = whiten_advantages(paddle.to_tensor(advantages), mask, "batch").numpy()
+    assert abs(whole - found).max() > 0.01
 
 
 def test_the_coefficient_is_used_then_updated():
     experience, controller = make(), AdaptiveKLController(0.3, target=0.5, horizon=100.0)
     expected = expected_of(experience, make_args(), 0.3)
-    assert_matches(experience, estimate(experience, make_args(), controller, ScoreScaler()), expected)
+    assert_matches(experience, estimate(experience, make_args(), controller, ScoreScaler("none")), expected)
     error = min(max(expected[2]["objective/kl"] / 0.5 - 1, -0.2), 0.2)
     assert controller.coefficient == pytest.approx(0.3 * (1 + error * 5 / 100))
     assert controller.coefficient != 0.3
 
 
-def test_moments_are_left_alone_unless_rewards_are_normalised():
-    scaler = ScoreScaler()
-    run(make(), make_args(), scaler=scaler)
-    assert scaler.running.count == 0
-
-
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("kind", sorted(KL))
 def test_padding_never_counts(normalize, kind):
-    args = make_args(normalize_advantage=normalize, normalize_reward=normalize, kl_estimator=kind)
-    results = [run(make(1, garbage=garbage), args) for garbage in (0.0, 1e30, math.inf, math.nan)]
+    args, scaling = make_args(normalize_advantage=normalize, kl_estimator=kind), "normalize" if normalize else "none"
+    results = [run(make(1, garbage=garbage), args, scaler=ScoreScaler(scaling)) for garbage in (0.0, 1e30, math.inf, math.nan)]
     for targets, metrics in results[1:]:
         np.testing.assert_array_equal(targets.advantages, results[0][0].advantages)
         np.testing.assert_array_equal(targets.returns, results[0][0].returns)

@@ -15,7 +15,7 @@ from alignment.ppo.experience import Targets
 from alignment.ppo.learner import Learner, policy_loss
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.policy import hidden_states, response_log_probs
-from alignment.ppo.models.value import load_value
+from alignment.ppo.models.value import add_value_head, load_value
 from alignment.ppo.self_check import check_reference
 from alignment.runtime.faults import RunError
 from alignment.training.engine import OptimizerSettings, TrainingEngine
@@ -27,7 +27,9 @@ SETTINGS = {
     "policy_loss": "ppo",
     "clip_range_ratio": 0.2,
     "clip_range_value": 5.0,
+    "apa_anchor": "initial",
     "apa_lambda": 0.1,
+    "value_loss_coeff": 1.0,
     "awr_beta": 1.0,
     "awr_weight_clip": None,
     "entropy_coeff": 0.0,
@@ -175,3 +177,58 @@ def test_policy_loss_takes_the_one_that_is_named():
         args = SimpleNamespace(**SETTINGS | changes | {"policy_loss": name})
         assert float(policy_loss(args, new, old, anchor, advantages, mask, 5.0)[0]) == float(loss)
     assert len({float(loss) for loss, _ in expected.values()}) == 3
+
+
+def test_apas_anchor_is_the_initial_or_the_old_policy():
+    random = np.random.default_rng(1)
+    new, old, initial, advantages = (paddle.to_tensor(random.normal(-1, 1, [2, 3]).astype("float32")) for _ in range(4))
+    mask = paddle.ones([2, 3], dtype="bool")
+    for name, anchor in (("initial", initial), ("old", old)):
+        args = SimpleNamespace(**SETTINGS | {"policy_loss": "apa", "apa_anchor": name})
+        loss, _ = policy_loss(args, new, old, initial, advantages, mask, 6.0)
+        expected = ((new - anchor - advantages / 0.1) ** 2).sum() / 6
+        assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_critic_on_the_policy_adds_its_weighted_gradient(setting, tmp_path):
+    """One joint pass gives the trunk the policy's gradient plus value_loss_coeff times the value loss's."""
+    _, experience, targets = setting
+    config = make_config("llama", True)
+    directory = write_checkpoint(tmp_path / "again", config, random_weights(config))
+    args = SimpleNamespace(**SETTINGS | {"value_loss_coeff": 0.25})
+    policy = load_policy(directory)
+    add_value_head(policy, seed=1)
+    learner = Learner(args, TrainingEngine(policy, OPTIMIZER, 99, "actor"), None)
+    rows = np.arange(6)
+    sums, _ = learner._accumulate(learner.actor, learner._policy_micro_batch, experience, targets, rows)
+    found = {name: p.grad.numpy() for name, p in policy.named_parameters()}
+
+    alone = load_policy(directory)
+    critic = add_value_head(alone, seed=1)
+    packed, mask = pack_experience(experience)
+    old, advantages, values, returns = (
+        paddle.to_tensor(x) for x in (experience.log_probs, targets.advantages, experience.values, targets.returns)
+    )
+    hidden = hidden_states(alone, packed.input_ids, packed.attention_mask)
+    new, _ = response_log_probs(alone, hidden, packed, mask)
+    policy_term, _ = losses.ppo_loss(new, old, advantages, mask)
+    value_term, _ = losses.value_loss(response_values(critic, hidden, packed, mask), values, returns, mask)
+    (policy_term + 0.25 * value_term).backward()
+    assert sums["policy"] == pytest.approx(float(policy_term), rel=1e-5)
+    assert sums["value"] == pytest.approx(float(value_term), rel=1e-5)
+    assert found.keys() == {name for name, _ in alone.named_parameters()}
+    for name, parameter in alone.named_parameters():
+        scale = abs(parameter.grad.numpy()).max()
+        np.testing.assert_allclose(found[name], parameter.grad.numpy(), atol=2e-5 * scale, err_msg=name)
+
+
+def test_metrics_without_an_engine_for_the_critic(setting, tmp_path):
+    _, experience, targets = setting
+    config = make_config("llama", True)
+    policy = load_policy(write_checkpoint(tmp_path / "again", config, random_weights(config)))
+    add_value_head(policy, seed=1)
+    learner = Learner(SimpleNamespace(**SETTINGS), TrainingEngine(policy, OPTIMIZER, 99, "actor"), None)
+    before = policy.score_head.weight.numpy()
+    metrics = learner.update(experience, targets, 1)
+    assert metrics.keys().isdisjoint({"critic/grad_norm", "critic/lr"}) and metrics["loss/value_avg"] > 0
+    assert (policy.score_head.weight.numpy() != before).any()

@@ -155,6 +155,18 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
         (["--evaluation_strategy=steps", "--eval_datasets=y"], '"evaluation_strategy": "steps" needs "eval_steps"'),
         (["--eval_datasets=y", "--eval_split_ratio=0.1"], '"eval_split_ratio": give it or "eval_datasets"'),
         (["--fp16"], '"fp16": true is not available yet; what works today is false'),
+        (["--normalize_reward", "--score_scaling=running"], '"score_scaling": "running" excludes "normalize_reward": t'),
+        (["--score_scaling=fixed"], '"score_scaling": "fixed" and "score_std" need each other'),
+        (["--score_std=2"], '"score_scaling": "fixed" and "score_std" need each other'),
+        (
+            ["--critic_shares_trunk", "--critic_learning_rate=1e-5"],
+            '"critic_learning_rate" needs a critic of its own: give it or "critic_shares_trunk", not both',
+        ),
+        (
+            ["--critic_shares_trunk", "--reward_critic_model_name_or_path=x"],
+            '"reward_critic_model_name_or_path" needs a critic of its own',
+        ),
+        (["--critic_shares_trunk", "--lora"], '"critic_shares_trunk": give it or "lora"'),
         (["--stop_strings", "Human:", ""], '"stop_strings": "" would end every answer at once'),
         (
             ["--rollout_token_budget=99", "--rollout_oversampling=2"],

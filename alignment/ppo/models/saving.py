@@ -12,7 +12,7 @@ from alignment.ppo.models.adapters import ADAPTERS, save_adapters
 from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE, config_fields
 from alignment.ppo.models.loading import TIED_HEAD
 from alignment.ppo.models.lora import is_adapted
-from alignment.ppo.models.value import ScoreModel
+from alignment.ppo.models.value import HEAD, ScoreModel
 from alignment.ppo.models.weights import huggingface_weights, write_weights
 from alignment.runtime.metrics import is_main_process
 
@@ -36,7 +36,10 @@ def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dt
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = model.config
+    score = isinstance(model, ScoreModel)
     skip = {TIED_HEAD} if config.tie_word_embeddings else set()
+    if not score:
+        skip.add(HEAD)  # of a critic that shares the policy's layers, which is saved by itself
     weights = huggingface_weights(model, skip, dtype)
     write_weights(weights, directory)
     if is_adapted(model):
@@ -44,7 +47,6 @@ def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dt
     if not is_main_process():
         return
     stored = str(next(iter(weights.values())).dtype).removeprefix("paddle.")
-    score = isinstance(model, ScoreModel)
     architectures = SCORE_ARCHITECTURE if score else CAUSAL_ARCHITECTURE
     fields = config_fields(config, architectures[config.model_type], stored)
     if score:

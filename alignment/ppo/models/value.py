@@ -12,7 +12,7 @@ from paddlenlp.transformers import LlamaModel, PretrainedConfig, Qwen2Model
 from alignment.ppo.models.config import SCORE_ARCHITECTURE, read_config
 from alignment.ppo.models.loading import TIED_HEAD, build, resolve_model_directory
 from alignment.ppo.models.placement import WHOLE, Placement
-from alignment.ppo.models.policy import hidden_states
+from alignment.ppo.models.policy import hidden_states, trunk
 from alignment.ppo.models.sharing import build_sharing
 from alignment.ppo.models.weights import WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
@@ -34,11 +34,11 @@ class ScoreModel(nn.Layer):
 
     base_model_prefix = "trunk"
 
-    def __init__(self, trunk: nn.Layer, score_type: str) -> None:
+    def __init__(self, trunk: nn.Layer, score_type: str, placement: Placement) -> None:
         super().__init__()
         self.trunk = trunk
         self.config = trunk.config
-        self.placement, self.ties_ends = trunk.placement, False
+        self.placement, self.ties_ends = placement, False
         if self.placement.is_last:
             self.score_head = nn.Linear(trunk.config.hidden_size, 1, bias_attr=False)
         self.score_type = score_type
@@ -131,10 +131,32 @@ def build_score_model(
     def build_trunk() -> nn.Layer:
         return build(_TRUNKS[config.model_type], config, dtype, recompute, placement)
 
-    model = ScoreModel(build_trunk() if shared is None else build_sharing(build_trunk, shared), score_type)
+    model = ScoreModel(build_trunk() if shared is None else build_sharing(build_trunk, shared), score_type, placement)
     if placement.is_last:
         model.score_head.to(dtype=dtype)
     return model
+
+
+def add_value_head(policy: nn.Layer, seed: int, checkpoint: Path | None = None) -> ScoreModel:
+    """A critic on the policy's own layers. Its head becomes a parameter of the policy, with whom it learns.
+
+    ``policy.scores`` is then the critic's, so that one pass of the policy gives log-probabilities and values.
+
+    Args: seed: fixes the new head's values; checkpoint: of such a critic, whose head is read instead.
+    Raises: UsageError if ``checkpoint`` has no head of this size.
+    """
+    critic = ScoreModel(trunk(policy), "critic", policy.placement)
+    critic.ties_ends = policy.ties_ends
+    critic.head_is_new = checkpoint is None
+    if policy.placement.is_last:
+        critic.score_head.to(dtype=policy.config.dtype)
+        if checkpoint is None:
+            initialize_head(critic, seed)
+        else:
+            set_head(critic, WeightFiles(checkpoint).read(HEAD))
+        policy.score_head = critic.score_head
+    policy.scores = critic.scores
+    return critic
 
 
 def set_head(model: ScoreModel, values: paddle.Tensor) -> None:

@@ -42,6 +42,12 @@ class RewardBatch:
     def __len__(self) -> int:
         return len(self.responses)
 
+    def take(self, rows: Sequence[int]) -> RewardBatch:
+        """The given responses."""
+        columns = {name: column for name, column in vars(self).items() if name != "finished"}
+        lists = {name: column and [column[row] for row in rows] for name, column in columns.items()}
+        return RewardBatch(finished=self.finished[list(rows)], **lists)
+
 
 class RewardSource(Protocol):
     """Scores responses. `name` is short and appears in metrics as rewards/<name>.
