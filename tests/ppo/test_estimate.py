@@ -207,7 +207,8 @@ def test_the_coefficient_is_used_then_updated():
 @pytest.mark.parametrize("kind", sorted(KL))
 def test_padding_never_counts(normalize, kind):
     args, scaling = make_args(normalize_advantage=normalize, kl_estimator=kind), "normalize" if normalize else "none"
-    results = [run(make(1, garbage=garbage), args, scaler=ScoreScaler(scaling)) for garbage in (0.0, 1e30, math.inf, math.nan)]
+    everywhere = (0.0, 1e30, math.inf, math.nan)
+    results = [run(make(1, garbage=garbage), args, scaler=ScoreScaler(scaling)) for garbage in everywhere]
     for targets, metrics in results[1:]:
         np.testing.assert_array_equal(targets.advantages, results[0][0].advantages)
         np.testing.assert_array_equal(targets.returns, results[0][0].returns)

@@ -181,7 +181,8 @@ def test_policy_loss_takes_the_one_that_is_named():
 
 def test_apas_anchor_is_the_initial_or_the_old_policy():
     random = np.random.default_rng(1)
-    new, old, initial, advantages = (paddle.to_tensor(random.normal(-1, 1, [2, 3]).astype("float32")) for _ in range(4))
+    arrays = random.normal(-1, 1, [4, 2, 3]).astype("float32")
+    new, old, initial, advantages = (paddle.to_tensor(array) for array in arrays)
     mask = paddle.ones([2, 3], dtype="bool")
     for name, anchor in (("initial", initial), ("old", old)):
         args = SimpleNamespace(**SETTINGS | {"policy_loss": "apa", "apa_anchor": name})

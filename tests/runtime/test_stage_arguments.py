@@ -155,7 +155,7 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
         (["--evaluation_strategy=steps", "--eval_datasets=y"], '"evaluation_strategy": "steps" needs "eval_steps"'),
         (["--eval_datasets=y", "--eval_split_ratio=0.1"], '"eval_split_ratio": give it or "eval_datasets"'),
         (["--fp16"], '"fp16": true is not available yet; what works today is false'),
-        (["--normalize_reward", "--score_scaling=running"], '"score_scaling": "running" excludes "normalize_reward": t'),
+        (["--normalize_reward", "--score_scaling=running"], '"score_scaling": "running" excludes "normalize_reward"'),
         (["--score_scaling=fixed"], '"score_scaling": "fixed" and "score_std" need each other'),
         (["--score_std=2"], '"score_scaling": "fixed" and "score_std" need each other'),
         (
