@@ -30,7 +30,7 @@ from benchmarks.machine import core_count, describe_machine, versions_of
 from benchmarks.options import build_parser, find_peer_python, own_python, positive
 from benchmarks.paired import Contender, alternate, median_ratio
 from benchmarks.ppo_report import draw, show
-from benchmarks.results import save
+from benchmarks.results import run
 
 SEED, LEARNING_RATE, KL_COEFF, EPOCHS, LONGEST_PROMPT = 1, 1e-6, 0.05, 1, 96
 COMPARED = ("trained_parameters", "new_tokens", "optimizer_steps")
@@ -38,12 +38,7 @@ COMPARED = ("trained_parameters", "new_tokens", "optimizer_steps")
 
 def main() -> None:
     """Measure, show, write."""
-    options = parse_options()
-    with ExitStack() as stack:
-        result = measure(options, stack)
-    show(result)
-    if options.json:
-        save(result, options.json, draw)
+    run(parse_options(), measure, show, draw)
 
 
 def parse_options() -> argparse.Namespace:

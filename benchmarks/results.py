@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +38,20 @@ def show_machine(machine: dict) -> None:
         print(f"notice: {machine['load_before']} tasks were running before the start, so the figures say little")
     packages = {"python": machine["python"], **machine["packages"]}
     print(", ".join(f"{name} {version}" for name, version in packages.items()))
+
+
+def run(
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, ExitStack], dict],
+    show: Callable[[dict], None],
+    draw: Callable[[dict, Path], None],
+) -> None:
+    """Measure, show and, with ``options.json``, write; the processes that ``measure`` enters into its stack end first."""
+    with ExitStack() as stack:
+        result = measure(options, stack)
+    show(result)
+    if options.json:
+        save(result, options.json, draw)
 
 
 def save(result: dict, path: Path, draw: Callable[[dict, Path], None]) -> None:

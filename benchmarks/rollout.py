@@ -23,7 +23,7 @@ from benchmarks.limit import Limit
 from benchmarks.machine import core_count, describe_machine, measure_machine, versions_of
 from benchmarks.options import build_parser, find_peer_python, own_python, positive, whole
 from benchmarks.paired import Contender
-from benchmarks.results import save
+from benchmarks.results import run
 from benchmarks.rollout_pairs import Rollouts, Setting, scale
 from benchmarks.rollout_report import draw, show
 
@@ -32,12 +32,7 @@ SCALED_PROMPTS = 64
 
 def main() -> None:
     """Measure, show, write."""
-    options = parse_options()
-    with ExitStack() as stack:
-        result = measure(options, stack)
-    show(result)
-    if options.json:
-        save(result, options.json, draw)
+    run(parse_options(), measure, show, draw)
 
 
 def parse_options() -> argparse.Namespace:
