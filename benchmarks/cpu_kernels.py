@@ -2,8 +2,9 @@
 
     python -m benchmarks.cpu_kernels
 
-The same weights run in both ways by turns: with PaddleNLP's own attention and norm on strided views, and as the
-toolkit runs them. Shown are the median seconds of each and their ratio; the machine should do nothing else meanwhile.
+The same weights run in both ways by turns: with PaddleNLP's own layers on strided views, and as the toolkit runs
+them; only the rotary embedding is the toolkit's in both. Shown are the median seconds of each and their ratio; the
+machine should do nothing else meanwhile.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def run(
     show: Callable[[dict], None],
     draw: Callable[[dict, Path], None],
 ) -> None:
-    """Measure, show and, with ``options.json``, write; the processes that ``measure`` enters into its stack end first."""
+    """Measure, show and, with ``options.json``, write. What ``measure`` enters into its stack has ended by then."""
     with ExitStack() as stack:
         result = measure(options, stack)
     show(result)
