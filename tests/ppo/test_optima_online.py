@@ -26,9 +26,9 @@ from tests.ppo.answer_tree import (
     tilt,
 )
 
-TREE = build_tree()
+TREE = build_tree(length=2)  # 7 answers
 INITIAL = random_policy(TREE)
-ONE_TOKEN = build_tree(vocab=4, length=1, seed=3)
+ONE_TOKEN = build_tree(vocab=4, length=1, seed=3, spread=0.5)
 
 
 def ppo(new, old, anchor, advantages, mask, n):
@@ -160,7 +160,7 @@ class TestApa:
         assert free[TREE.scores.argmax()] > 0.999
 
     @pytest.mark.parametrize(("spread", "steady"), [(0.7, True), (4.0, False)])
-    def test_used_samples_hold_it_there_up_to_a_kl_of_one(self, spread, steady):
+    def test_reused_samples_hold_it_there_up_to_a_kl_of_one(self, spread, steady):
         # With samples of pi* itself and advantages of zero mean, the curvature of the loss in log pi along
         # probability-preserving directions is 2 pi (1 - KL(pi* || anchor)): beyond 1 nat a token further passes over
         # the same samples lead away from the closed form.
@@ -193,5 +193,5 @@ class TestAwr:
         assert free[TREE.scores.argmax()] > 0.999
 
     def test_with_kl_in_the_reward_it_stops_where_ppo_does(self):
-        reached = iterate(awr(1.0), TREE, INITIAL, 0.5, 150)
+        reached = iterate(awr(1.0), TREE, INITIAL, 0.5, 150, passes=2)
         np.testing.assert_allclose(reached, regularised_policy(TREE, INITIAL, 0.5, 0.5), atol=1e-3)
