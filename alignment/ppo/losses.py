@@ -26,8 +26,8 @@ from paddle import Tensor
 IGNORED_LABEL = -100
 VARIANCE_EPSILON = 1e-8
 SMALLEST_PROB = 1e-37  # in the entropy, so that p = 0 adds 0 log(1e-37) = 0 on any device (CPU softmax never gives 0)
-# exp(60) = 1e26: times a log-probability and summed over 1e9 tokens this is still a finite float32.
-LARGEST_EXPONENT = 60.0
+# exp(30) = 1e13: also the square of such a gradient, in its norm and in Adam's moments, is a finite float32.
+LARGEST_EXPONENT = 30.0
 
 
 class PolicyStats(NamedTuple):
@@ -282,8 +282,8 @@ def awr_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """Advantage-weighted regression (arXiv:1910.00177): mean of -exp(A / beta) log_probs.
 
-    The weight exp(A / beta) is cut at ``weight_clip`` and, always, at exp(60), where float32 is about to overflow:
-    the loss stays finite and stats.clipped counts the tokens cut. ``old_log_probs`` only feeds the stats.
+    The weight exp(A / beta) is cut at ``weight_clip`` and, always, at exp(30), so that neither the loss nor the norm of
+    its gradient overflows float32; stats.clipped counts the tokens cut. ``old_log_probs`` only feeds the stats.
     """
     log_probs, old_log_probs = _keep(log_probs, mask), _keep(old_log_probs, mask)
     exponent = _keep(advantages, mask) / awr_beta

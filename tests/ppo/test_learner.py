@@ -233,3 +233,20 @@ def test_metrics_without_an_engine_for_the_critic(setting, tmp_path):
     metrics = learner.update(experience, targets, 1)
     assert metrics.keys().isdisjoint({"critic/grad_norm", "critic/lr"}) and metrics["loss/value_avg"] > 0
     assert (policy.score_head.weight.numpy() != before).any()
+
+
+@pytest.mark.parametrize("weight_clip", [None, 20.0])
+def test_awr_weights_that_overflow_are_reported(setting, weight_clip):
+    build, experience, targets = setting
+    advantages = np.where(targets.advantages > 0, targets.advantages, -1.0)
+    advantages[0, 0] = 1000.0  # exp(1000 / 0.1) is no float
+    learner = build(
+        policy_loss="awr", awr_beta=0.1, awr_weight_clip=weight_clip, update_iters=1, per_device_train_batch_size=6
+    )
+    metrics = learner.update(experience, Targets(advantages.astype(np.float32), targets.returns), 1)
+    assert all(np.isfinite(value) for value in metrics.values())
+    ceiling = 30.0 if weight_clip is None else np.log(weight_clip)
+    exponents = advantages[experience.response_mask] / 0.1
+    weights = np.exp(np.minimum(exponents, ceiling))
+    assert metrics["policy/clipfrac_avg"] == pytest.approx((exponents > ceiling).mean())
+    assert metrics["policy/effective_tokens"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-4)
