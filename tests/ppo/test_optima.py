@@ -47,6 +47,11 @@ DISTANCES = [
 TEMPERATURES = pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 
 
+def of_answers(x: np.ndarray) -> np.ndarray:
+    """[N, T] of a table [S, V]; of the answers' own estimates [N, T] themselves."""
+    return x if x.shape == TREE.mask.shape else TREE.of_answers(x)
+
+
 def fit_apa(sampling: np.ndarray, advantages: np.ndarray, apa_lambda: float) -> tuple[np.ndarray, float]:
     """log pi [S, V] that minimises the real loss, from the initial policy on, and the loss there."""
 
@@ -54,7 +59,7 @@ def fit_apa(sampling: np.ndarray, advantages: np.ndarray, apa_lambda: float) -> 
         return losses.apa_loss(new, anchor, anchor, a, mask, apa_lambda, n)
 
     policy, weights = TabularPolicy(TREE, INITIAL), TREE.probabilities(sampling)
-    fields = TREE.of_answers(INITIAL), TREE.of_answers(advantages)
+    fields = of_answers(INITIAL), of_answers(advantages)
     least = minimise([policy.logits], lambda: expected_loss(loss, weights, TREE.mask, policy.log_probs(), *fields))
     return policy.table(), least
 
@@ -64,7 +69,7 @@ def fit_awr(sampling: np.ndarray, advantages: np.ndarray, awr_beta: float) -> np
         return losses.awr_loss(new, old, a, mask, awr_beta, None, n)
 
     policy, weights = TabularPolicy(TREE, INITIAL), TREE.probabilities(sampling)
-    fields = TREE.of_answers(sampling), TREE.of_answers(advantages)
+    fields = of_answers(sampling), of_answers(advantages)
     minimise([policy.logits], lambda: expected_loss(loss, weights, TREE.mask, policy.log_probs(), *fields))
     return policy.table()
 
@@ -88,6 +93,14 @@ def variance(log_policy: np.ndarray, x: np.ndarray) -> np.ndarray:
     return (np.exp(log_policy) * (x - mean) ** 2).sum(-1, keepdims=True)
 
 
+def estimates(values: np.ndarray, gae_lambda: float) -> np.ndarray:
+    """[N, T]: GAE of every answer from the values [S] of a critic, no KL in the reward."""
+    scores, mask = paddle.to_tensor(TREE.scores), paddle.to_tensor(TREE.mask)
+    rewards = losses.token_rewards(scores, paddle.zeros(mask.shape, "float64"), 0.0, mask)
+    known = paddle.to_tensor(np.where(TREE.mask, values[TREE.states], np.nan))
+    return losses.gae(rewards, known, mask, 1.0, gae_lambda)[0].numpy()
+
+
 class TestTheTree:
     def test_it_holds_every_answer_once(self):
         # EOS; aE, bE; and of three tokens 2 * 2 * 3
@@ -102,15 +115,10 @@ class TestTheTree:
 
     @pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
     def test_gae_on_exact_values_is_the_exact_advantage_on_average(self, gae_lambda):
-        scores, mask = paddle.to_tensor(TREE.scores), paddle.to_tensor(TREE.mask)
-        values = paddle.to_tensor(np.where(TREE.mask, VALUES[TREE.states], np.nan))
-        rewards = losses.token_rewards(scores, paddle.zeros(mask.shape, "float64"), 0.0, mask)
-        estimates = losses.gae(rewards, values, mask, 1.0, gae_lambda)[0].numpy()
         total, weight = np.zeros_like(INITIAL), TREE.probabilities(INITIAL)[:, None] * TREE.mask
-        np.add.at(total, (TREE.states, TREE.tokens), weight * estimates)
-        np.testing.assert_allclose(
-            total / (TREE.visits(INITIAL)[:, None] * np.exp(INITIAL)), ADVANTAGES, atol=1e-12
-        )
+        np.add.at(total, (TREE.states, TREE.tokens), weight * estimates(VALUES, gae_lambda))
+        mean = total / (TREE.visits(INITIAL)[:, None] * np.exp(INITIAL))
+        np.testing.assert_allclose(mean, ADVANTAGES, atol=1e-12)
 
 
 class TestAwr:
@@ -147,6 +155,17 @@ class TestApa:
         fitted, loss = fit_apa(sampling, ADVANTAGES - temperature * normaliser, temperature)
         np.testing.assert_allclose(fitted, tilt(INITIAL, ADVANTAGES, temperature), atol=1e-6)
         assert loss == pytest.approx(0.0, abs=1e-12)
+
+    @TEMPERATURES
+    def test_on_samples_of_the_closed_form_itself_it_is_the_closed_form(self, temperature):
+        closed = tilt(INITIAL, ADVANTAGES, temperature)
+        np.testing.assert_allclose(fit_apa(closed, ADVANTAGES, temperature)[0], closed, atol=1e-6)
+
+    @TEMPERATURES
+    def test_noise_in_the_advantages_averages_out(self, temperature):
+        # whole returns instead of exact advantages: a squared error regresses on their mean
+        fitted, _ = fit_apa(INITIAL, estimates(VALUES, 1.0), temperature)
+        np.testing.assert_allclose(fitted, apa_minimiser(INITIAL, ADVANTAGES, temperature), atol=1e-6)
 
     def test_on_the_anchors_own_samples_it_is_off_by_the_third_order(self):
         # log pi - log pi* = -Var(A) A / (2 lambda^3) + O(lambda^-4)
@@ -219,6 +238,16 @@ class TestAnswers:
         advantages, _ = soft_values(TREE, INITIAL, temperature)
         fitted = fit_awr(INITIAL, advantages, temperature)
         np.testing.assert_allclose(TREE.of_answers(fitted).sum(-1), self.closed_form(TREE, temperature), atol=1e-5)
+
+    @SAMPLING
+    @TEMPERATURES
+    def test_awr_on_whole_returns_is_exact_whatever_the_critic(self, sampling, temperature):
+        # With gae_lambda 1 an answer's weight at a token is exp((score - V(s)) / t): V only weighs states, and the mean
+        # of exp(score / t) over what may follow is the soft value.
+        critic = np.random.default_rng(6).normal(0, 0.3, len(TREE.child))
+        fitted = fit_awr(sampling, estimates(critic, 1.0), temperature)
+        expected = log_softmax(TREE.of_answers(sampling).sum(-1) + TREE.scores / temperature)
+        np.testing.assert_allclose(TREE.of_answers(fitted).sum(-1), expected, atol=1e-5)
 
     @TEMPERATURES
     def test_with_the_policys_advantages_the_normalisers_of_the_states_stay(self, temperature):
