@@ -242,8 +242,8 @@ class TestAnswers:
     @SAMPLING
     @TEMPERATURES
     def test_awr_on_whole_returns_is_exact_whatever_the_critic(self, sampling, temperature):
-        # With gae_lambda 1 an answer's weight at a token is exp((score - V(s)) / t): V only weighs states, and the mean
-        # of exp(score / t) over what may follow is the soft value.
+        # With gae_lambda 1 an answer's weight at a token is exp((score - V(s)) / t): V only weighs states, and the
+        # mean of exp(score / t) over what may follow is that of the soft value.
         critic = np.random.default_rng(6).normal(0, 0.3, len(TREE.child))
         fitted = fit_awr(sampling, estimates(critic, 1.0), temperature)
         expected = log_softmax(TREE.of_answers(sampling).sum(-1) + TREE.scores / temperature)
