@@ -282,8 +282,8 @@ def awr_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """Advantage-weighted regression (arXiv:1910.00177): mean of -exp(A / beta) log_probs.
 
-    The weight exp(A / beta) is cut at ``weight_clip`` and, always, at exp(30), so that neither the loss nor the norm of
-    its gradient overflows float32; stats.clipped counts the tokens cut. ``old_log_probs`` only feeds the stats.
+    The weight exp(A / beta) is cut at ``weight_clip`` and, always, at exp(30), so that neither the loss nor its
+    gradient's norm overflows float32; stats.clipped counts the tokens cut. ``old_log_probs`` only feeds the stats.
     """
     log_probs, old_log_probs = _keep(log_probs, mask), _keep(old_log_probs, mask)
     exponent = _keep(advantages, mask) / awr_beta
