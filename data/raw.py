@@ -79,16 +79,27 @@ class RawDataset:
         return sorted({cls.NAME for cls in RawDataset._registry.values()})
 
     @staticmethod
-    def load(name: str, path: str | None = None) -> RawDataset:
-        """The data set registered under ``name`` (or an alias), read from ``path`` when one is given.
-
-        Raises DataError for an unknown name, for a path where none is taken and for a source that cannot be read.
-        """
+    def find(name: str) -> type[RawDataset]:
+        """The class registered under ``name`` (or an alias). Raises DataError for an unknown name."""
         cls = RawDataset._registry.get(name)
         if cls is None:
             near = difflib.get_close_matches(name, RawDataset._registry, n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise DataError(f"unknown dataset {name!r}{hint}; known: {', '.join(RawDataset.names())}")
+        return cls
+
+    @classmethod
+    def is_local(cls, path: str | None) -> bool:
+        """Whether reading from ``path`` (None: from where the data set is by itself) asks no hub."""
+        return True
+
+    @staticmethod
+    def load(name: str, path: str | None = None) -> RawDataset:
+        """The data set registered under ``name`` (or an alias), read from ``path`` when one is given.
+
+        Raises DataError for an unknown name, for a path where none is taken and for a source that cannot be read.
+        """
+        cls = RawDataset.find(name)
         if path is None:
             return cls()
         if "path" not in inspect.signature(cls).parameters:

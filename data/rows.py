@@ -40,6 +40,10 @@ class RowDataset(RawDataset):
                 source = self.path or self.HUB
                 raise DataError(f"dataset {self.NAME!r}: none of the {len(usable)} rows of {source} is usable")
 
+    @classmethod
+    def is_local(cls, path: str | None) -> bool:
+        return path is not None or cls.HUB is None
+
     def to_sample(self, row: Mapping[str, Any]) -> RawSample:
         """The sample that a row holds."""
         raise NotImplementedError

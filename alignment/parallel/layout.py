@@ -15,6 +15,7 @@ from typing import Any
 from alignment.runtime.faults import UsageError
 
 STAGES = {"": 0, "stage1": 1, "stage2": 2, "stage3": 3}
+SHARDING_DEGREES = ("sharding_parallel_degree", "sharding_degree")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ def resolve_layout(values: Mapping[str, Any], processes: int) -> Layout:
     return Layout(left // sharding, pipeline, sharding, tensor, stage, bool(values["sequence_parallel"]))
 
 
+def least_processes(values: Mapping[str, Any]) -> int:
+    """How many processes the degrees of ``resolve_layout``'s arguments ask for at least."""
+    tensor, pipeline = (_degree(values, f"{kind}_parallel_degree") for kind in ("tensor", "pipeline"))
+    sharding = max(_degree(values, name) for name in SHARDING_DEGREES)
+    return tensor * pipeline * sharding
+
+
 def _degree(values: Mapping[str, Any], name: str) -> int:
     if values[name] < 1 and values[name] != -1:
         raise UsageError(f'"{name}": {values[name]} must be at least 1, or -1 for the default')
@@ -75,8 +83,8 @@ def _resolve_sharding(values: Mapping[str, Any], left: int) -> tuple[int, int]:
     wanted = " ".join(values["sharding"].split())
     if wanted not in STAGES:
         raise UsageError(f'"sharding": "{wanted}" must be one of {", ".join(map(json.dumps, STAGES))}')
-    names = ("sharding_parallel_degree", "sharding_degree")
-    degree = max(_degree(values, name) for name in names) if any(values[name] != -1 for name in names) else -1
+    is_given = any(values[name] != -1 for name in SHARDING_DEGREES)
+    degree = max(_degree(values, name) for name in SHARDING_DEGREES) if is_given else -1
     if degree > 1 and not wanted:
         raise UsageError(f'"sharding_parallel_degree": {degree} needs "sharding": "stage1" (or stage2, stage3)')
     if not wanted:

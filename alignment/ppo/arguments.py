@@ -283,6 +283,9 @@ class ModelArgument:
     reward_critic_model_name_or_path: str | None = argument(
         None, "Start of the critic; default: the reward model, or the actor where there is none.", group="Model"
     )
+    reward_model_config: str | None = argument(
+        None, "The same as model_config, for the reward model; default: the actor's shape.", group="Dry run"
+    )
 
     @staticmethod
     def validate(values: dict[str, Any]) -> None:

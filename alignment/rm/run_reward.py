@@ -15,11 +15,10 @@ from alignment.ppo.models.value import load_value
 from alignment.rm.arguments import GROUPS
 from alignment.rm.losses import ExponentialMovingAverage, RunningMeanStd
 from alignment.rm.trainer import RewardTrainer
-from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
 from alignment.training.checkpoint import find_checkpoint
+from alignment.training.command import run_command
 from alignment.training.setup import load_data, load_named, model_source, set_trained, weight_dtype
-from alignment.training.stage import run_stage
 from data import PreferenceDataset
 
 
@@ -56,7 +55,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> RewardTrainer:
 
 def main() -> None:
     """Run the stage that the command line describes."""
-    run_stage("rm", parse(sys.argv[1:], GROUPS, "run_reward.py"), build_trainer)
+    run_command("rm", sys.argv[1:], GROUPS, build_trainer)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ def parse(argv: Sequence[str], groups: Sequence[type], program: str | None = Non
     Raises UsageError (one line: where, key, value, what is allowed) for an unknown key, a wrong type, a value out of
     bounds, a combination that a class's `validate` refuses, and a file that is missing or no JSON object.
     """
-    values = resolve(argv, groups, program)
+    return instances(resolve(argv, groups, program), groups)
+
+
+def instances(values: dict[str, Any], groups: Sequence[type]) -> tuple[Any, ...]:
+    """One instance of every dataclass in `groups`, in their order, from all arguments by name."""
     return tuple(group(**{f.name: values[f.name] for f in fields(group) if f.init}) for group in groups)
 
 

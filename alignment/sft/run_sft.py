@@ -12,13 +12,12 @@ if __name__ == "__main__":  # run by path: `import alignment` and `import data` 
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.tokenizer import load_tokenizer
-from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
 from alignment.sft.arguments import GROUPS
 from alignment.sft.trainer import SFTTrainer
 from alignment.training.checkpoint import find_checkpoint
+from alignment.training.command import run_command
 from alignment.training.setup import load_data, load_named, model_source, set_trained, weight_dtype
-from alignment.training.stage import run_stage
 from data import SupervisedDataset
 
 
@@ -37,7 +36,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> SFTTrainer:
 
 def main() -> None:
     """Run the stage that the command line describes."""
-    run_stage("sft", parse(sys.argv[1:], GROUPS, "run_sft.py"), build_trainer)
+    run_command("sft", sys.argv[1:], GROUPS, build_trainer)
 
 
 if __name__ == "__main__":

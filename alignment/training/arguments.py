@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from paddlenlp.trainer import TrainingArguments
 
-from alignment.parallel.layout import resolve_layout
+from alignment.parallel.layout import least_processes, resolve_layout
 from alignment.parallel.topology import join
 from alignment.ppo.models.lora import TARGETS as LORA_TARGETS
 from alignment.runtime.argument_fields import argument
@@ -164,6 +164,18 @@ class StageArguments(TrainingArguments):
         group="Output",
         choices=("info", "debug"),
     )
+    dry_run: bool = argument(
+        False,
+        "Check the arguments, plan the memory, run one step of a small random model of the same shape, and remove it "
+        "all again: output_dir stays as it is.",
+        group="Dry run",
+    )
+    model_config: str | None = argument(
+        None,
+        "config.json, its directory, or a name in config/shapes: what a dry run takes for the shape of a model that "
+        "is not on this machine.",
+        group="Dry run",
+    )
     do_train: bool = argument(True, "Training always runs; false is not available.", group="Length of the run")
 
     def __post_init__(self) -> None:
@@ -187,7 +199,7 @@ class StageArguments(TrainingArguments):
     @staticmethod
     def validate(values: dict[str, Any]) -> None:
         """Checks combinations, before any instance exists, and settles defaults that depend on other arguments."""
-        resolve_layout(values, process_count())
+        resolve_layout(values, planned_processes(values))
         refuse_unbuilt(values, {name: (-1, 1) for name in UNBUILT_DEGREES})
         refuse_unbuilt(
             values,
@@ -204,6 +216,12 @@ class StageArguments(TrainingArguments):
             values["report_to"] = ["visualdl", "tensorboard"]
         values["report_to"] = [name for name in dict.fromkeys(values["report_to"]) if name != "none"]
         _validate_evaluation(values)
+
+
+def planned_processes(values: Mapping[str, Any]) -> int:
+    """Processes of the job; of a dry run that has only one, as many as the job's degrees ask for."""
+    started = process_count()
+    return least_processes(values) if values["dry_run"] and started == 1 else started
 
 
 def _settle_lora(values: dict[str, Any]) -> None:

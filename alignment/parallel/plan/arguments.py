@@ -19,6 +19,7 @@ from alignment.runtime.faults import UsageError
 STAGES = ("ppo", "rm", "sft")
 EVALUATION = ("no", "steps", "epoch")
 EVAL_MODES = ("", "single", "tensor_parallel")
+_SHAPES = ("model_config", "reward_model_config")  # options that an argument file may hold, for its dry run
 _MISSPELT = 0.9  # likeness from which an unknown key is taken for a slip of the pen
 _OWN, _MODEL, _BATCH, _MEMORY, _LAYOUT = "Plan", "Model", "Batches and lengths", "Memory", "Parallelism"
 
@@ -33,7 +34,9 @@ class Options:
         None, "Which script the file is for; default: ppo where it names an actor.", group=_OWN, choices=STAGES
     )
     model_config: str | None = argument(
-        None, "config.json, or its directory, that stands for the model of the argument file.", group=_OWN
+        None,
+        "config.json, its directory, or a name in config/shapes, that stands for the model of the argument file.",
+        group=_OWN,
     )
     reward_model_config: str | None = argument(
         None, "The same for the reward model (ppo), and for a critic that starts from it.", group=_OWN
@@ -101,7 +104,7 @@ def read_arguments(argv: Sequence[str], program: str | None = None) -> tuple[Opt
     file = words.pop(0) if words and not words[0].startswith("-") else None
     options, sizes = ({a.name: a for a in arguments_of(kind)} for kind in (Options, Sizes))
     known = options | sizes
-    given = _read_file(file, sizes) if file else {}
+    given = _read_file(file, sizes | {name: options[name] for name in _SHAPES}) if file else {}
     parsed, rest = build_parser(known, program).parse_known_args(words)
     if rest:
         raise UsageError(f"command line: {rest[0]}: nothing that the plan reads; --help lists what it does")

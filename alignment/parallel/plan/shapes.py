@@ -11,6 +11,7 @@ from alignment.runtime.arguments import read_json_object
 from alignment.runtime.faults import UsageError
 
 CONFIG_FILE = "config.json"
+SHAPES = Path(__file__).resolve().parents[3] / "config" / "shapes"
 FAMILIES = ("llama", "qwen2")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -61,11 +62,11 @@ class ModelShape:
 
 
 def read_shape(path: str | Path) -> ModelShape:
-    """The shape in a config.json, or in the one of a directory.
+    """The shape in a config.json, in the one of a directory, or of a name in config/shapes.
 
     Raises: UsageError that names the file: not there, another kind of model, sizes missing or not fitting together.
     """
-    file = find_config(path) or Path(path)
+    file = locate_config(path)
     fields = read_json_object(file)
     if fields.get("model_type") not in FAMILIES:
         raise UsageError(f"{file}: model_type {fields.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
@@ -79,6 +80,11 @@ def read_shape(path: str | Path) -> ModelShape:
             raise UsageError(f"{file}: {part} = {sizes[part]} does not divide {whole} = {sizes[whole]}")
     tied = bool(fields.get("tie_word_embeddings", False))
     return ModelShape(**sizes, tie_word_embeddings=tied, attention_bias=fields["model_type"] == "qwen2")
+
+
+def locate_config(path: str | Path) -> Path:
+    """The config.json that ``read_shape`` reads; what is not there is the reader's to refuse."""
+    return find_config(path) or find_config(SHAPES / path) or Path(path)
 
 
 def _size(value: Any, name: str, file: Path) -> int:
