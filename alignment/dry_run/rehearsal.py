@@ -54,12 +54,12 @@ def rehearse(
     for line in (*_tell(made, values), *missing, *replaced, *changed):
         say(line)
     layout = resolve_layout(possible, process_count())
-    small = scale_down(possible, layout) | data
+    small = scale_down(possible, layout, own_tokenizer=originals[0].is_here) | data
     with _shared_directory(layout, values["seed"]) as directory:
         models = write_small_models(originals, directory / "models")
         small |= {key: models[value] for key, value in values.items() if key.endswith("model_name_or_path") and value}
         small |= {"output_dir": str(directory / "output"), "logging_dir": None}
-        with contextlib.redirect_stdout(io.StringIO()):  # what a run tells of its answers means nothing here
+        with contextlib.redirect_stdout(io.StringIO()), _named_as_given(models):  # its answers mean nothing
             run_stage(stage, instances(small, groups), build, parts)
     _show(stage, made, layout, small, time.perf_counter() - started)
 
@@ -101,6 +101,18 @@ def _shared_directory(layout: Layout, seed: int) -> Iterator[Path]:
     finally:
         if is_main_process():
             shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named_as_given(models: Mapping[str, str]) -> Iterator[None]:
+    """A UsageError names the run's models, not the small ones in their places."""
+    try:
+        yield
+    except UsageError as fault:
+        message = str(fault)
+        for name, directory in models.items():
+            message = message.replace(directory, name)
+        raise UsageError(message) from fault
 
 
 def _show(stage: str, made: Plan | str, layout: Layout, small: Mapping[str, Any], seconds: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from alignment.dry_run.models import LAYERS
 from alignment.parallel.layout import Layout
 
-# No argument grows: each becomes at most this. Those that a stage does not have are left out.
+# Each becomes at most this; those that a stage does not have are left out.
 MOST = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -18,11 +18,10 @@ MOST = {
     "rollout_batch_size": 4,
     "num_eval_prompts": 2,
     "update_iters": 2,
-    "max_length": 128,
-    "max_prompt_len": 64,
     "max_new_tokens": 8,
     "min_new_tokens": 8,
 }
+LENGTHS = {"max_length": 128, "max_prompt_len": 64}  # room for the embedded tokenizer's system message
 _ONE_STEP = {"max_steps": 1, "total_episodes": None}
 _AFRESH = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
 _ALONE = {
@@ -40,19 +39,20 @@ def without_parallelism(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, **_ALONE}
 
 
-def scale_down(values: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def scale_down(values: Mapping[str, Any], layout: Layout, own_tokenizer: bool) -> dict[str, Any]:
     """The arguments of the one small step.
 
     Args:
         values: all arguments of the stage by name, checked, with what their ``validate`` settled.
         layout: of the processes that take the step.
+        own_tokenizer: the run's own counts the tokens; another may need more room for the same texts.
     """
     layers = max(LAYERS, layout.pipeline)
-    limits = MOST | {"num_layers_unfrozen": layers - 1, "critic_num_layers_unfrozen": layers - 1}
+    limits = MOST | LENGTHS | {"num_layers_unfrozen": layers - 1, "critic_num_layers_unfrozen": layers - 1}
     small = dict(values)
     for name, most in limits.items():
         if small.get(name) is not None:
-            small[name] = min(small[name], most)
+            small[name] = most if name in LENGTHS and not own_tokenizer else min(small[name], most)
     for changes in (_ONE_STEP, _AFRESH):
         small |= {name: value for name, value in changes.items() if name in small}
     if small["truncation"] == "error":  # the texts were made for longer limits
