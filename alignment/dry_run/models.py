@@ -89,7 +89,8 @@ def _substitute(key: str, values: Mapping[str, Any], policy: Original | None) ->
     given = values.get(_CONFIGS.get(key, "model_config"))
     config = policy.config if policy else default / CONFIG_FILE
     if given:
-        config = load_named(_CONFIGS.get(key, "model_config"), locate_config, given)
+        load_named(_CONFIGS.get(key, "model_config"), read_shape, given)
+        config = locate_config(given)
     return Original(key, values[key], config, default, key == _REWARD, False)
 
 

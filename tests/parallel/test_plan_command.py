@@ -49,14 +49,14 @@ def test_no_key_of_a_stage_is_taken_for_a_misspelling(tmp_path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "config").glob("*/*_argument.json")), ids=lambda file: str(file)[-30:])
 def test_every_argument_file_can_be_planned(file):
-    options, sizes = read_arguments([str(file), "--processes", "4", "--max_length", "100"])
-    assert (options.processes, sizes.max_length) == (4, 100)
+    options, sizes = read_arguments([str(file), "--processes", "8", "--max_length", "100"])
+    assert (options.processes, sizes.max_length) == (8, 100)
     stage = "ppo" if sizes.actor_model_name_or_path else file.name[: file.name.index("_")]
     shapes = find_shapes(stage, sizes, str(SHAPES / "llama2-7b"))
     if sizes.lora:
         with pytest.raises(UsageError, match='"lora": true is not planned'):
-            plan(stage, sizes, shapes, 4)
-    assert plan(stage, replace(sizes, lora=False), shapes, 4).memory
+            plan(stage, sizes, shapes, 8)
+    assert plan(stage, replace(sizes, lora=False), shapes, 8).memory
 
 
 def test_a_run_can_give_all_its_arguments():
