@@ -35,7 +35,7 @@ def test_small_shapes_keep_kind_and_ratios(tmp_path, name, layout):
     for kept in ("model_type", "rope_theta", "rope_scaling", "max_position_embeddings"):
         assert fields.get(kept) == original.get(kept)
     check_model(small, layout.tensor, layout.pipeline)
-    assert small.vocab_size == len(tokenizer) and small.parameters < 2e6
+    assert small.vocab_size == len(tokenizer) and small.parameters < 4e7
 
 
 def test_the_runs_own_models_keep_tokenizer_rope_and_head(tmp_path):

@@ -75,6 +75,7 @@ class Sizes:
     critic_recompute: bool | None = argument(None, "Default: recompute.", group=_MEMORY)
     num_layers_unfrozen: int | None = argument(None, "Trained upper layers; -1: all.", group=_MEMORY, ge=-1)
     critic_num_layers_unfrozen: int | None = argument(None, "Default: num_layers_unfrozen.", group=_MEMORY, ge=-1)
+    critic_shares_trunk: bool = argument(False, "ppo: the critic is a head on the policy.", group=_MEMORY)
     lora: bool = argument(False, "Not planned: of what adapters save nothing is counted.", group=_MEMORY)
     eval_mode: str | None = argument(
         None, "ppo: layout of a second copy of the actor that samples.", group=_MEMORY, choices=EVAL_MODES

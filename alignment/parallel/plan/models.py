@@ -93,19 +93,24 @@ def models_of(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], layout
     if stage != "ppo":
         unfrozen = _unfrozen("num_layers_unfrozen", sizes.num_layers_unfrozen, shapes[MODEL])
         return (Model("model", shapes[MODEL], stage == "rm", True, unfrozen, sizes.recompute),)
-    recompute, unfrozen = sizes.critic_recompute, sizes.critic_num_layers_unfrozen
-    recompute = sizes.recompute if recompute is None else recompute
-    unfrozen = sizes.num_layers_unfrozen if unfrozen is None else unfrozen
-    actor_unfrozen = _unfrozen("num_layers_unfrozen", sizes.num_layers_unfrozen, shapes[ACTOR])
-    critic_unfrozen = _unfrozen("critic_num_layers_unfrozen", unfrozen, shapes[CRITIC])
-    models = [
-        Model("actor", shapes[ACTOR], False, True, actor_unfrozen, sizes.recompute),
-        Model("critic", shapes[CRITIC], True, True, critic_unfrozen, recompute),
-        Model("reference", shapes[ACTOR], False, False),
-    ]
+    models = _trained(sizes, shapes)
+    models.append(Model("reference", shapes[ACTOR], False, False))
     if REWARD in shapes:
         models.append(Model("reward", shapes[REWARD], True, False))
     return tuple(models)
+
+
+def _trained(sizes: Sizes, shapes: Mapping[str, ModelShape]) -> list[Model]:
+    """Actor and critic of ppo; a critic on the actor's layers is a vector more, which is not counted."""
+    actor_unfrozen = _unfrozen("num_layers_unfrozen", sizes.num_layers_unfrozen, shapes[ACTOR])
+    actor = Model("actor", shapes[ACTOR], False, True, actor_unfrozen, sizes.recompute)
+    if sizes.critic_shares_trunk:
+        return [actor]
+    recompute, unfrozen = sizes.critic_recompute, sizes.critic_num_layers_unfrozen
+    recompute = sizes.recompute if recompute is None else recompute
+    unfrozen = sizes.num_layers_unfrozen if unfrozen is None else unfrozen
+    critic_unfrozen = _unfrozen("critic_num_layers_unfrozen", unfrozen, shapes[CRITIC])
+    return [actor, Model("critic", shapes[CRITIC], True, True, critic_unfrozen, recompute)]
 
 
 def _unfrozen(key: str, layers: int | None, shape: ModelShape) -> int | None:

@@ -70,7 +70,8 @@ class Setting:
         if self.stage == "ppo":
             both = self.prompt_length + self.answer_length
             yield Pass(policy, self.activations(policy, rows, both), rows * self.answer_length)
-            yield Pass(self.models[1], self.activations(self.models[1], rows, both), 0)
+            if not self.sizes.critic_shares_trunk:
+                yield Pass(self.models[1], self.activations(self.models[1], rows, both), 0)
         if self.stage != "ppo" or self.sizes.ptx_coeff > 0:
             targets = 0 if policy.scores else rows * longest
             yield Pass(policy, self.activations(policy, rows, longest), targets)
