@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from data.errors import DataError
 from data.raw import RawDataset
+
+PART = re.compile(r"(\d+) of (\d+)")
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One part of a mixture. ``count``, when set, is an absolute number of samples and replaces ``proportion``."""
+    """One part of a mixture. ``count``, when set, is an absolute number of samples and replaces ``proportion``.
+
+    part: (k, n) takes, of every n samples in a row, the k-th alone.
+    """
 
     dataset: str | RawDataset
     proportion: float = 1.0
     count: int | None = None
     path: str | None = None
+    part: tuple[int, int] = (1, 1)
 
     @property
     def name(self) -> str:
@@ -34,6 +43,11 @@ class DatasetSpec:
             return self.dataset
         return RawDataset.load(self.dataset, path=self.path)
 
+    def select(self, candidates: np.ndarray) -> np.ndarray:
+        """Those of the samples' indices, int64, that belong to ``part``."""
+        number, parts = self.part
+        return candidates[candidates % parts == number - 1]
+
     def size(self, available: int) -> int:
         """How many samples to take when ``available`` exist; more than ``available`` means repeats."""
         return self.count if self.count is not None else round(available * self.proportion)
@@ -43,8 +57,8 @@ def parse_specs(specs: str | Mapping[Any, Any] | Iterable[Any]) -> list[DatasetS
     """Parses a mixture given as a comma-separated string, a mapping, or an iterable of strings and pairs.
 
     A pair's (or mapping entry's) value is a proportion or ``{"proportion": ..., "path": ...}``; its key is a name
-    or a :class:`RawDataset`. A proportion is a number, "0.5", a fraction "a/b", or an absolute count "n/-1"; more
-    than 1 repeats samples, 0 leaves the data set out.
+    or a :class:`RawDataset`. A proportion is a number, "0.5", a fraction "a/b", an absolute count "n/-1", or "k of n",
+    one of n parts without common samples; more than 1 repeats samples, 0 leaves the data set out.
     Raises DataError for anything else, for a part named twice and for a mixture without parts.
     """
     if isinstance(specs, str):
@@ -90,6 +104,11 @@ def _parse_pair(entry: Any) -> DatasetSpec:
 
 def _build(dataset: str | RawDataset, proportion: Any, path: Any) -> DatasetSpec:
     spec = DatasetSpec(dataset, path=None if path is None else str(path))
+    if isinstance(proportion, str) and (found := PART.fullmatch(proportion.strip())):
+        number, parts = map(int, found.groups())
+        if not 1 <= number <= parts:
+            raise DataError(f"dataset {spec.name!r}: part {proportion!r} must be one from '1 of {parts}' on")
+        return DatasetSpec(dataset, path=spec.path, part=(number, parts))
     value, count = _parse_proportion(spec.name, proportion)
     return DatasetSpec(dataset, value, count, spec.path)
 
@@ -111,6 +130,7 @@ def _parse_proportion(name: str, value: Any) -> tuple[float, int | None]:
         number = value
     if number is None or not math.isfinite(number) or number < 0:
         raise DataError(
-            f"dataset {name!r}: proportion {value!r} is not a number >= 0, a fraction 'a/b' or a count 'n/-1'"
+            f"dataset {name!r}: proportion {value!r} is not a number >= 0, a fraction 'a/b', a count 'n/-1' or a part "
+            "'k of n'"
         )
     return float(number), None

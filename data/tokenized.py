@@ -159,7 +159,9 @@ class TokenizedDataset:
         raw = spec.load()
         if len(raw) == 0:
             raise DataError(f"dataset {spec.name!r} is empty" + (f", file {raw.path}" if raw.path else ""))
-        candidates = self.choose_candidates(raw)
+        candidates = spec.select(self.choose_candidates(raw))
+        if len(candidates) == 0:
+            raise DataError(f"dataset {spec.name!r}: part {spec.part[0]} of {spec.part[1]} has no sample")
         self.report.sources.append(spec.name)
         self.report.unusable += raw.skipped
         copies, rest = divmod(spec.size(len(candidates)), len(candidates))

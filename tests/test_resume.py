@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.stages import read_rows, run, weights_of, write_project
+from tests.stages import read_rows, run, weights_of, write_project, write_reward_model
 
 UNLIKE = ("timing_s/", "perf/")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return write_project(tmp_path_factory.mktemp("project"))
+    folder = write_project(tmp_path_factory.mktemp("project"))
+    write_reward_model(folder / "judge")
+    return folder
 
 
 def train(project, stage, *overrides):
@@ -31,6 +33,7 @@ def test_resume(project, stage, parts, lora):
     whole, resumed = project / f"{stage}_whole_{lora}", project / f"{stage}_resumed_{lora}"
     steps = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--lr_scheduler_type", "constant")
     more = ("--kl_controller", "adaptive", "--kl_target", 0.01, "--kl_horizon", 50) if stage == "ppo" else ()
+    more += ("--judge_model_name_or_path", "judge") if stage == "ppo" else ()
     more += ("--lora", "true", "--lora_rank", 4) if lora else ()
     train(project, stage, "--output_dir", whole.name, *steps, *more)
     train(project, stage, "--output_dir", resumed.name, *steps, *more)
@@ -49,3 +52,5 @@ def test_resume(project, stage, parts, lora):
             np.testing.assert_array_equal(other[name], value, err_msg=name)
     if stage == "ppo":
         assert read_rows(resumed / "samples.jsonl") == read_rows(whole / "samples.jsonl")
+        judged = [row["eval/win_rate"] for row in rows_of(whole) if "eval/win_rate" in row]
+        assert len(judged) == 3 and judged[0] == 0.5 != judged[-1]

@@ -185,6 +185,7 @@ class TrainingArguments(StageArguments):
         _validate_batches(values)
         _validate_rewards(values)
         _settle_score_scaling(values)
+        _validate_judge(values)
         _validate_rollout(values)
         if values["kl_controller"] == "adaptive" and values["kl_target"] is None:
             raise UsageError('"kl_controller": "adaptive" needs "kl_target"')
@@ -270,6 +271,14 @@ def _validate_shared_trunk(values: dict[str, Any]) -> None:
         raise UsageError('"critic_shares_trunk": give it or "lora", which shares the weights of all models, not both')
 
 
+def _validate_judge(values: dict[str, Any]) -> None:
+    judge = values["judge_model_name_or_path"]
+    if judge and not (values["eval_datasets"] or values["eval_split_ratio"]):
+        raise UsageError('"judge_model_name_or_path" needs "eval_datasets" or "eval_split_ratio": prompts to judge by')
+    if judge and judge == values["reward_model_name_or_path"]:
+        raise UsageError(f'"judge_model_name_or_path": {judge} is the reward model; a judge is one not trained on')
+
+
 @dataclass
 class ModelArgument:
     """Where the models come from. The reference is the actor's start."""
@@ -282,6 +291,12 @@ class ModelArgument:
     reward_model_name_or_path: str | None = argument(None, "Reward model.", group="Model")
     reward_critic_model_name_or_path: str | None = argument(
         None, "Start of the critic; default: the reward model, or the actor where there is none.", group="Model"
+    )
+    judge_model_name_or_path: str | None = argument(
+        None,
+        "A reward model that nothing is trained on: at every evaluation it scores the answers and compares them with "
+        "those of the initial policy.",
+        group="Model",
     )
     reward_model_config: str | None = argument(
         None, "The same as model_config, for the reward model; default: the actor's shape.", group="Dry run"

@@ -63,15 +63,15 @@ class Bases:
         shared.users["actor"] = actor
         return actor
 
-    def load_reward(self, name: str) -> ScoreModel:
+    def load_reward(self, name: str, role: str = "reward") -> ScoreModel:
         """A trained reward model, frozen."""
-        model = self._load_score(name, "reward", require_head=True)
+        model = self._load_score(name, role, "reward", require_head=True)
         freeze(model)
         return model
 
     def load_critic(self, name: str, recompute: bool) -> ScoreModel:
         """A critic: adapters and head are trained; those of the checkpoint ``name``, or else new ones."""
-        critic = self._load_score(name, "critic", recompute=recompute, seed=self.seed)
+        critic = self._load_score(name, "critic", "critic", recompute=recompute, seed=self.seed)
         if not is_adapted(critic):
             shared = next(shared for shared in self.loaded if critic in shared.users.values())
             add_adapters(critic, self.settings, shared.base, self.seed)
@@ -90,7 +90,7 @@ class Bases:
             parts.append(f"{roles} {shared.name}")
         return f"base weights in memory: {len(self.loaded)} ({'; '.join(parts)})"
 
-    def _load_score(self, name: str, role: str, **options: object) -> ScoreModel:
+    def _load_score(self, name: str, role: str, score_type: str, **options: object) -> ScoreModel:
         directory = resolve_model_directory(name).resolve()
         adapters = directory / ADAPTERS
         settings, sha256 = read_settings(adapters) if is_adapter(adapters) else (None, None)
@@ -98,8 +98,8 @@ class Bases:
         trained_on = [shared for shared in self.loaded if shared.base.sha256 == sha256]
         shared = next(iter(as_it_is + trained_on), None)
         if shared is None:
-            return self._add(name, directory, role, load_value(directory, role, **options, **self.how))
-        model = load_value(directory, role, shared=trunk(shared.first), **options, **self.how)
+            return self._add(name, directory, role, load_value(directory, score_type, **options, **self.how))
+        model = load_value(directory, score_type, shared=trunk(shared.first), **options, **self.how)
         if not as_it_is:
             add_adapters(model, settings, shared.base, self.seed)
             load_adapters(model, adapters)

@@ -31,6 +31,7 @@ class Collected:
     answers: N decoded answers; components: {"rewards/<source>": float32 [N]}, unweighted.
     statistics: metrics of the rollout that the experience does not tell.
     reference_scores: float32 [N], scores of the data set's own answers to the same prompts; None if not asked for.
+    judged: float32 [N], the judge's scores; only of an evaluation, and only with a judge.
     """
 
     experience: Experience
@@ -38,6 +39,7 @@ class Collected:
     components: dict[str, np.ndarray]
     statistics: dict[str, float]
     reference_scores: np.ndarray | None = None
+    judged: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Collector:
         tokenizer: decodes answers for the reward sources.
         batch_size: rows of one scoring forward pass.
         timer: told of the phases "reshard", "rollout" and "score".
+        judge: scores what ``evaluate`` draws, and nothing else; None: no judge.
     """
 
     sampler: Sampler
@@ -64,6 +67,7 @@ class Collector:
     batch_size: int
     timer: PhaseTimer
     reference_scores: ReferenceScores | None = None
+    judge: WeightedRewards | None = None
     expected: ExpectedLengths = field(default_factory=ExpectedLengths)
 
     def collect(
@@ -99,9 +103,12 @@ class Collector:
     def evaluate(self, prompts: Sequence[dict], seed: int, iteration: int, sampling: SamplingParameters) -> Collected:
         """As ``collect``, one answer a prompt and without values, which stay 0: nothing is learnt from these."""
         collected = self._answer(prompts, 1, seed, iteration, sampling)
-        temperature = sampling.temperature or 1.0
-        self._fill_log_probs(collected.experience.ref_log_probs, self.reference, collected.experience, temperature)
-        return collected
+        experience, temperature = collected.experience, sampling.temperature or 1.0
+        self._fill_log_probs(experience.ref_log_probs, self.reference, experience, temperature)
+        if self.judge is None:
+            return collected
+        items = [prompts[row] for row in experience.row]
+        return replace(collected, judged=self._score(self.judge, items, collected.answers, experience)[0])
 
     def _answer(
         self, prompts: Sequence[dict], samples_per_prompt: int, seed: int, iteration: int, sampling: SamplingParameters
@@ -121,7 +128,8 @@ class Collector:
         experience = merge(parts)
         with self.timer("score"):
             answers = [self._decode(experience, row) for row in range(len(experience))]
-            components = self._reward([prompts[row // kept] for row in experience.row], answers, experience)
+            items = [prompts[row // kept] for row in experience.row]
+            experience.scores[:], components = self._score(self.rewards, items, answers, experience)
         statistics = {"rollout/drawn_tokens": float(sum(drawn)), "rollout/tokens": float(experience.lengths.sum())}
         return Collected(experience, answers, components, statistics)
 
@@ -145,8 +153,10 @@ class Collector:
         ids = experience.response_ids[row][experience.response_mask[row]].tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _reward(self, items: list[dict], answers: list[str], experience: Experience) -> dict[str, np.ndarray]:
-        """Fill in the scores; returns the components of each."""
+    def _score(
+        self, rewards: WeightedRewards, items: list[dict], answers: list[str], experience: Experience
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As ``WeightedRewards.score`` of all answers, every process judging its share."""
         batch = RewardBatch(
             prompts=[item["prompt"] for item in items],
             responses=answers,
@@ -157,8 +167,7 @@ class Collector:
                 ids[mask] for ids, mask in zip(experience.response_ids, experience.response_mask, strict=True)
             ],
         )
-        experience.scores[:], components = score_divided(self.rewards, batch)
-        return components
+        return score_divided(rewards, batch)
 
     def _fill_log_probs(
         self, target: np.ndarray, model: Pipeline, experience: Experience, temperature: float

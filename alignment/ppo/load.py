@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import paddle
 
 from alignment.parallel.pipeline import Pipeline
 from alignment.ppo.bases import Bases
+from alignment.ppo.judge import KEY as JUDGE
 from alignment.ppo.models.adapters import resume_adapters
 from alignment.ppo.models.freezing import freeze, set_trainable_layers
 from alignment.ppo.models.loading import load_policy
@@ -31,17 +34,25 @@ ACTOR, CRITIC, REWARD = (
     "reward_critic_model_name_or_path",
     "reward_model_name_or_path",
 )
+# Reward model, judge, reference, actor, critic.
+Loaded = tuple[ModelReward | None, ModelReward | None, Pipeline, paddle.nn.Layer, paddle.nn.Layer]
+SCORERS = {REWARD: "model", JUDGE: "judge"}  # their names in metrics and messages
 
 
 @dataclass(frozen=True)
 class Models:
-    """What PPO works with: this process's parts of the models, rewards, tokenizer. The reference is frozen."""
+    """What PPO works with: this process's parts of the models, rewards, tokenizer. The reference is frozen.
+
+    judge: scores evaluations, or None; judge_name: as the user calls it.
+    """
 
     actor: paddle.nn.Layer
     reference: Pipeline
     critic: paddle.nn.Layer
     rewards: WeightedRewards
     tokenizer: Tokenizer
+    judge: WeightedRewards | None
+    judge_name: str | None
 
 
 @dataclass(frozen=True)
@@ -64,18 +75,17 @@ class ModelLoader:
 
     def load(self) -> Models:
         """Raises: UsageError, naming the argument, for a model that cannot be read or does not fit the others."""
-        reward, reference, actor, critic = self._sharing() if self.args.lora else self._separate()
-        sources = [*([reward] if reward else []), *self.text_rewards]
-        return Models(actor, reference, critic, WeightedRewards(sources, self.args.reward_weights), self.tokenizer)
+        load = self._sharing if self.args.lora else self._separate
+        reward, judge, reference, actor, critic = load()
+        rewards = WeightedRewards([*([reward] if reward else []), *self.text_rewards], self.args.reward_weights)
+        judge = judge and WeightedRewards([judge])
+        return Models(actor, reference, critic, rewards, self.tokenizer, judge, getattr(self.model_args, JUDGE))
 
-    def _separate(self) -> tuple[ModelReward | None, Pipeline, paddle.nn.Layer, paddle.nn.Layer]:
+    def _separate(self) -> Loaded:
         args, dtype, here = self.args, weight_dtype(self.args), Placement.here()
-        start, reward_name = self.model_args.actor_model_name_or_path, self.model_args.reward_model_name_or_path
-        reward = None
-        if reward_name:
-            model = load_named(REWARD, load_value, reward_name, "reward", dtype, require_head=True, placement=here)
-            reward = self._reward_source(model)
-            self.offload.add_frozen(reward.pipeline)
+        start = self.model_args.actor_model_name_or_path
+        load = partial(load_value, score_type="reward", dtype=dtype, require_head=True, placement=here)
+        reward, judge = (self._let_go(self._scorer(key, load)) for key in (REWARD, JUDGE))
         reference = load_named(ACTOR, load_policy, start, dtype, placement=here)
         freeze(reference)
         passes = self._passes_of_reference(reference)
@@ -85,26 +95,25 @@ class ModelLoader:
             critic = load_named("resume_from_checkpoint", add_value_head, actor, args.seed, self.value)
         else:
             critic = self._separate_critic(self.value or self.model_args.reward_critic_model_name_or_path)
-        return reward, passes, actor, critic
+        return reward, judge, passes, actor, critic
 
-    def _sharing(self) -> tuple[ModelReward | None, Pipeline, paddle.nn.Layer, paddle.nn.Layer]:
+    def _sharing(self) -> Loaded:
         """One copy of the weights that several models start from; it stays on the device."""
-        args, reward_name = self.args, self.model_args.reward_model_name_or_path
+        args = self.args
         bases = Bases(LoRASettings.from_arguments(args), args.seed, weight_dtype(args))
         reference = load_named(ACTOR, bases.load_reference, self.model_args.actor_model_name_or_path)
         actor = load_named(ACTOR, bases.load_actor, args.recompute)
-        reward = self._reward_source(load_named(REWARD, bases.load_reward, reward_name)) if reward_name else None
+        reward = self._scorer(REWARD, bases.load_reward)
         start = self.model_args.reward_critic_model_name_or_path
         self._check_vocabulary(start)
         critic = load_named(CRITIC, bases.load_critic, start, self._recomputes_critic)
         for model, checkpoint in ((actor, self.policy), (critic, self.value)):
             if checkpoint is not None:
                 load_named("resume_from_checkpoint", resume_adapters, model, checkpoint)
+        judge = self._scorer(JUDGE, partial(bases.load_reward, role="judge"))
         bases.mark_shared()
         say(bases.describe())
-        if reward:
-            self.offload.add_frozen(reward.pipeline)
-        return reward, self._passes_of_reference(reference), actor, critic
+        return self._let_go(reward), self._let_go(judge), self._passes_of_reference(reference), actor, critic
 
     def _passes_of_reference(self, reference: paddle.nn.Layer) -> Pipeline:
         reference.eval()
@@ -112,14 +121,23 @@ class ModelLoader:
         self.offload.add_frozen(passes)
         return passes
 
-    def _reward_source(self, model: paddle.nn.Layer) -> ModelReward:
-        return ModelReward(
-            model,
-            load_named(REWARD, load_tokenizer, self.model_args.reward_model_name_or_path),
+    def _scorer(self, key: str, load: Callable[[str], paddle.nn.Layer]) -> ModelReward | None:
+        """The reward model or the judge, if argument ``key`` names one."""
+        name = getattr(self.model_args, key)
+        return name and ModelReward(
+            load_named(key, load, name),
+            load_named(key, load_tokenizer, name),
             self.tokenizer,
             batch_size=self.args.per_device_eval_batch_size,
             add_special_tokens=get_template(self.data_args.prompt_template).add_special_tokens,
+            name=SCORERS[key],
         )
+
+    def _let_go(self, scorer: ModelReward | None) -> ModelReward | None:
+        """It may leave the device until it scores: in every iteration, or the judge at evaluations alone."""
+        if scorer:
+            self.offload.add_frozen(scorer.pipeline, in_turn=scorer.name == SCORERS[REWARD])
+        return scorer
 
     def _separate_critic(self, name: str | Path) -> paddle.nn.Layer:
         self._check_vocabulary(name)

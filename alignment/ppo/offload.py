@@ -1,6 +1,6 @@
 """What leaves the device while it is idle (``offload_level``), and where to.
 
-    freeze_model    reward model and reference, but for scoring
+    freeze_model    reward model, reference and judge, but for scoring
     train_model     weights of actor and critic, but for sampling, scoring, learning and saving; what eval_mode copies
     optimizer       moments and float32 weights of actor and critic, but for learning and saving
 
@@ -104,10 +104,10 @@ class Offload:
         if levels and not self.on_gpu and file_system(folder) in ("tmpfs", "ramfs"):
             say(f'notice: "offload_level" frees nothing in {folder}, which is memory; take an "output_dir" on a disk')
 
-    def add_frozen(self, passes: Pipeline) -> None:
-        """The next model in the order of use, which never changes."""
+    def add_frozen(self, passes: Pipeline, in_turn: bool = True) -> None:
+        """A model that never changes: the next in the order of use, or if not ``in_turn`` one used now and then."""
         if "freeze_model" in self.levels:
-            self._add_model(passes)
+            self._add_model(passes, in_turn)
 
     def add_trained(self, engine: TrainingEngine) -> None:
         """The next model in the order of use, with its optimizer."""
@@ -117,9 +117,11 @@ class Offload:
         if "optimizer" in self.levels and engine.optimizer is not None:
             engine.optimizer_home = Offloaded(engine.optimizer_tensors, self._storage(), self.timer).loaded
 
-    def _add_model(self, passes: Pipeline) -> None:
+    def _add_model(self, passes: Pipeline, in_turn: bool = True) -> None:
         model = Offloaded(partial(_own_parameters, passes.model), self._storage(), self.timer)
         passes.shards.home = model.loaded
+        if not in_turn:
+            return
         self.models.append(model)
         for one, following in zip(self.models, self.models[1:] + self.models[:1], strict=True):
             one.following = following

@@ -17,6 +17,7 @@ from alignment.parallel.topology import topology
 from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
 from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
+from alignment.ppo.judge import WinRate
 from alignment.ppo.learner import Learner, steps_per_iteration
 from alignment.ppo.load import Models
 from alignment.ppo.models.saving import save_model
@@ -82,6 +83,7 @@ class PPOTrainer:
             else FixedKLController(args.kl_coeff)
         )
         self.score_scaler = ScoreScaler(args.score_scaling, args.score_std)
+        self.win_rate = WinRate(models.judge_name) if models.judge else None
         self.timer = offload.timer
         self.collector = self._build_collector(drops_copy="train_model" in offload.levels)
         for engine in reversed(engines):  # the order of use: the actor samples, then all score, the critic last
@@ -119,6 +121,7 @@ class PPOTrainer:
             batch_size=args.per_device_eval_batch_size,
             timer=self.timer,
             reference_scores=references,
+            judge=models.judge,
         )
 
     def train(self) -> dict[str, float]:
@@ -193,6 +196,8 @@ class PPOTrainer:
             "eval/truncated_rate": described["rollout/truncated_rate"],
             **{f"eval/{name}": float(values.mean()) for name, values in collected.components.items()},
         }
+        if self.win_rate is not None:
+            metrics |= self.win_rate.measure(experience, collected.judged)
         rows = [
             {
                 "prompt_id": int(experience.prompt_id[i]),
@@ -201,6 +206,7 @@ class PPOTrainer:
                 "reward": float(experience.scores[i]),
                 "length": int(experience.lengths[i]),
                 "finished": bool(experience.finished[i]),
+                **({} if collected.judged is None else {"judge": float(collected.judged[i])}),
             }
             for i, answer in enumerate(collected.answers)
         ]
@@ -213,6 +219,7 @@ class PPOTrainer:
             "kl_controller": self.controller.state_dict(),
             "score_scaler": self.score_scaler.state_dict(),
             "expected_lengths": self.collector.expected.state_dict(),
+            "win_rate": self.win_rate and self.win_rate.state_dict(),
         }
         actor, critic = self.learner.actor, self.learner.critic
         for part, model, engine in (("value", self.models.critic, critic), ("policy", self.models.actor, actor)):
@@ -249,6 +256,9 @@ class PPOTrainer:
         self.score_scaler.load_state_dict(state["score_scaler"])
         if "expected_lengths" in state:  # not in checkpoints of older versions
             self.collector.expected.load_state_dict(state["expected_lengths"])
+        if self.win_rate is not None:
+            prompt_ids = [int(item["prompt_id"]) for item in self.eval_prompts]
+            self.win_rate.load_state_dict(state.get("win_rate"), prompt_ids, self.checkpoint)
         if is_main_process():
             keep_steps(self.output_dir / SAMPLES_FILE, state["step"])
         return state["step"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +64,21 @@ def test_bad_proportions_name_data_set_and_value(bad):
 def test_bad_mixtures(specs, message):
     with pytest.raises(DataError, match=message):
         parse_specs(specs)
+
+
+@pytest.mark.parametrize("bad", ["0 of 2", "3 of 2", "1 of 0"])
+def test_a_part_that_there_is_not(bad):
+    with pytest.raises(DataError, match=f"dataset 'a': part '{bad}' must be one from '1 of "):
+        parse_specs(f"a:{bad}")
+
+
+@given(st.lists(st.integers(0, 60), unique=True), st.integers(1, 7))
+def test_parts_divide_the_samples(candidates, parts):
+    chosen = [parse_specs(f"a:{k} of {parts}:x.json")[0] for k in range(1, parts + 1)]
+    assert all((spec.path, spec.proportion, spec.count) == ("x.json", 1.0, None) for spec in chosen)
+    taken = [index for spec in chosen for index in spec.select(np.array(candidates, dtype=np.int64)).tolist()]
+    assert sorted(taken) == sorted(candidates)
+    assert parse_specs("a")[0].select(np.array(candidates, dtype=np.int64)).tolist() == candidates
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**4), st.integers(1, 10**4))

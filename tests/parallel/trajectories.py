@@ -49,6 +49,7 @@ MODELS = {  # 292 tokens divide by 2 and 4; 289, what the tokenizer has, do not:
     "qwen2_tied": {"family": "qwen2", "tied": True, "vocab_size": 292},
     "qwen2_untied": {"family": "qwen2", "tied": False, "vocab_size": 289},
 }
+JUDGED = {"judge_model_name_or_path": "judge"}
 LORA = {"lora": True, "lora_rank": 2, "learning_rate": 2e-2}
 SHARED_TRUNK = {
     "critic_shares_trunk": True,
@@ -62,11 +63,11 @@ VARIANTS = {  # name: (stage, arguments)
     "sft_frozen": ("sft", SUPERVISED | {"num_layers_unfrozen": 1}),
     "rm": ("rm", REWARD),
     "rm_tokens": ("rm", REWARD | {"loss_type": "token-wise"}),
-    "ppo": ("ppo", ONLINE | {"reward_model_name_or_path": "reward_model", "critic_num_layers_unfrozen": 2}),
+    "ppo": ("ppo", ONLINE | JUDGED | {"reward_model_name_or_path": "reward_model", "critic_num_layers_unfrozen": 2}),
     "apa": ("ppo", ONLINE | {"policy_loss": "apa", "kl_controller": "adaptive", "kl_target": 0.01, "kl_horizon": 50}),
     "sft_lora": ("sft", SUPERVISED | LORA),
     "rm_lora": ("rm", REWARD | LORA),
-    "ppo_lora": ("ppo", ONLINE | LORA | {"reward_model_name_or_path": "adapted_reward_model"}),
+    "ppo_lora": ("ppo", ONLINE | LORA | JUDGED | {"reward_model_name_or_path": "adapted_reward_model"}),
     "apa_lora": ("ppo", ONLINE | LORA | {"policy_loss": "apa", "lora_target_modules": ["q_proj", "down_proj"]}),
     "awr": ("ppo", ONLINE | {"policy_loss": "awr", "awr_weight_clip": 2.0}),
     "ppo_trunk": ("ppo", ONLINE | SHARED_TRUNK | {"num_layers_unfrozen": 2}),
@@ -101,13 +102,14 @@ BUILDERS = {
 
 
 def write_models(folder: Path) -> Path:
-    """A user's project (tests.stages) with every model of MODELS, and reward models: a whole one, one of adapters."""
+    """A user's project (tests.stages) with every model of MODELS, reward models (whole, adapters) and a judge."""
     write_project(folder)
     for name, options in MODELS.items():
         write_tiny_model(folder / name, num_hidden_layers=3, **options)
         write_tiny_model(folder / f"{name}_wide", num_hidden_layers=3, scale=1.0, **options)
     write_reward_model(folder / "reward_model", num_hidden_layers=3, **MODELS["llama_tied"])
     write_adapted_reward_model(folder / "adapted_reward_model", folder / "llama_tied")
+    write_reward_model(folder / "judge", num_hidden_layers=3, **MODELS["qwen2_untied"])
     return folder
 
 

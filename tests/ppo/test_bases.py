@@ -86,6 +86,21 @@ def test_equal_weights_are_in_memory_once(project, reward, critic, sets, line):
             assert model.shared_parameters == names & elsewhere
 
 
+@pytest.mark.parametrize(
+    ("judge", "line"),
+    [("adapted", "1 (reference, actor, critic and judge share model)"), ("whole", "judge alone has whole)")],
+)
+def test_a_judge_shares_too(project, judge, line):
+    bases = Bases(SETTINGS, 3, "float32")
+    reference = bases.load_reference(str(project / "model"))
+    bases.load_actor(False)
+    bases.load_critic(str(project / "model"), False)
+    model = bases.load_reward(str(project / judge), role="judge")
+    assert bases.describe().replace(f"{project}{os.sep}", "").endswith(line)
+    assert model.score_type == "reward" and all(parameter.stop_gradient for parameter in model.parameters())
+    assert shared(model, reference) == (judge == "adapted")
+
+
 def test_the_same_files_in_another_directory_are_the_same_base(project, tmp_path):
     moved = write_tiny_model(tmp_path / "moved")  # the bytes of project / "model"
     bases = Bases(SETTINGS, 3, "float32")

@@ -190,6 +190,23 @@ def test_evaluation_is_the_first_sample_without_values(collector, whole):
     assert evaluated.answers == whole.answers[::2]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_judge_scores_what_is_evaluated_and_nothing_else(make_collector, rewards, count):
+    """In the answers' order, whichever process scored them; rewards and what is learnt from stay as they are."""
+    judge = WeightedRewards([rewards.sources["judge"]])
+
+    def evaluate(judge):
+        return replace(make_collector(), judge=judge).evaluate(make_prompts(), 1, 0, SAMPLING)
+
+    plain = evaluate(None)
+    assert plain.judged is None
+    for judged in play(count, lambda: evaluate(judge)):
+        assert_close(judged.experience, plain.experience)
+        np.testing.assert_array_equal(judged.judged, plain.components["rewards/judge"])
+    collected = replace(make_collector(), judge=judge).collect(make_prompts(), 1, 1, 0, SAMPLING)
+    assert collected.judged is None
+
+
 @pytest.mark.parametrize(("count", "lengths", "samples"), [(2, LENGTHS, 2), (8, LENGTHS, 2), (2, LENGTHS[:1], 1)])
 def test_the_number_of_processes_changes_nothing(make_collector, count, lengths, samples):
     """Even where one has nothing to do, or one answer, shorter than another's; padded ids are the same too."""

@@ -52,6 +52,7 @@ class Sizes:
     actor_model_name_or_path: str | None = argument(None, "ppo: the policy.", group=_MODEL)
     reward_model_name_or_path: str | None = argument(None, "ppo: the reward model.", group=_MODEL)
     reward_critic_model_name_or_path: str | None = argument(None, "ppo: start of the critic.", group=_MODEL)
+    judge_model_name_or_path: str | None = argument(None, "ppo: the judge of evaluations.", group=_MODEL)
 
     max_length: int = argument(2048, "Longest sample.", group=_BATCH, ge=2)
     max_prompt_len: int | None = argument(

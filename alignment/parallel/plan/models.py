@@ -12,10 +12,11 @@ from alignment.parallel.plan.shapes import ModelShape, find_config, read_shape
 from alignment.ppo.models.default import DEFAULT_MODEL_NAME
 from alignment.runtime.faults import UsageError
 
-ACTOR, CRITIC, REWARD, MODEL = (
+ACTOR, CRITIC, REWARD, JUDGE, MODEL = (
     "actor_model_name_or_path",
     "reward_critic_model_name_or_path",
     "reward_model_name_or_path",
+    "judge_model_name_or_path",
     "model_name_or_path",
 )
 
@@ -95,9 +96,8 @@ def models_of(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], layout
         return (Model("model", shapes[MODEL], stage == "rm", True, unfrozen, sizes.recompute),)
     models = _trained(sizes, shapes)
     models.append(Model("reference", shapes[ACTOR], False, False))
-    if REWARD in shapes:
-        models.append(Model("reward", shapes[REWARD], True, False))
-    return tuple(models)
+    judges = (("reward", REWARD), ("judge", JUDGE))
+    return (*models, *(Model(name, shapes[key], True, False) for name, key in judges if key in shapes))
 
 
 def _trained(sizes: Sizes, shapes: Mapping[str, ModelShape]) -> list[Model]:
@@ -125,7 +125,7 @@ def find_shapes(
     """Shapes by the argument that names the model.
 
     model_config stands for the policy (or the one model), reward_config for the reward model and a critic that starts
-    from it. A reward model or critic that is not on this machine is taken to have the policy's shape.
+    from it. A reward model, judge or critic that is not on this machine is taken to have the policy's shape.
 
     Raises: UsageError if there is no config.json of the policy, or one is no good.
     """
@@ -141,9 +141,10 @@ def find_shapes(
 
 
 def _judges(sizes: Sizes, actor: ModelShape, reward_config: str | None) -> dict[str, ModelShape]:
-    """Of the reward model, if there is one, and of the critic, which starts from it unless told otherwise."""
+    """Of reward model and judge, if there are any, and of the critic, which starts from the first if not told more."""
     reward, critic = sizes.reward_model_name_or_path, sizes.reward_critic_model_name_or_path
-    shapes = {}
+    judge = sizes.judge_model_name_or_path
+    shapes = {JUDGE: _shape_or(find_config(judge), actor)} if judge else {}
     start = actor
     if reward or reward_config:
         start = shapes[REWARD] = _shape_or(reward_config or find_config(reward), actor)
