@@ -172,6 +172,28 @@ def test_pipeline_has_a_section_per_stage_in_order(tmp_path):
     assert "0.65" in page.text  # the reward model's last held-out accuracy
 
 
+def test_a_judge_has_its_rows_and_plots(tmp_path):
+    write_lines(
+        tmp_path / "metrics.jsonl",
+        [
+            {
+                "step": step,
+                "eval/reward_mean": 0.5,
+                "eval/judge_reward_mean": 0.25 * step,
+                "eval/judge_reward_sem": 0.125,
+                "eval/win_rate": 0.5 + 0.1 * step,
+                "eval/win_rate_sem": 0.05 * step,
+            }
+            for step in range(3)
+        ],
+    )
+    (stage,) = read_stages(tmp_path)
+    assert [picture.key for picture in draw_stage(stage)] == ["reward", "judge", "win_rate"]
+    judge, wins = headline(stage)[1:]
+    assert (judge["start"], judge["final"], judge["change"]) == ("0 ± 0.125", "0.5 ± 0.125", "+0.5")
+    assert wins["label"].startswith("Win rate") and (wins["start"], wins["final"]) == ("0.5 ± 0", "0.7 ± 0.1")
+
+
 def rows(step, rewards):
     return [
         {"step": step, "prompt_id": i, "prompt": "p", "answer": "a", "reward": reward} for i, reward in rewards.items()

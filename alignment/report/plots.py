@@ -81,6 +81,18 @@ def _pair(train: str, held_out: str, errors: str | None = None) -> tuple[Curve, 
 PANELS = {
     "ppo": (
         Panel("reward", "Reward", "reward", _pair("rollout/reward_mean", "eval/reward_mean", "eval/reward_sem")),
+        Panel(
+            "judge",
+            "Judge's reward",
+            "reward of a model not trained on",
+            (Curve("eval/judge_reward_mean", "held-out", HELD_OUT, "eval/judge_reward_sem"),),
+        ),
+        Panel(
+            "win_rate",
+            "Win rate against the initial policy",
+            "share of prompts",
+            (Curve("eval/win_rate", "held-out", HELD_OUT, "eval/win_rate_sem"),),
+        ),
         Panel("kl", "KL to the reference", "nats per answer", _pair("objective/kl", "eval/kl_mean")),
         Panel("length", "Answer length", "tokens", _pair("rollout/length_mean", "eval/length_mean")),
         Panel("truncated", "Truncated answers", "share", _pair("rollout/truncated_rate", "eval/truncated_rate")),

@@ -15,6 +15,8 @@ NOT_AVAILABLE = "n/a"
 HEADLINES = {  # metric -> label, in the order of the table's rows
     "ppo": {
         "eval/reward_mean": "Held-out reward",
+        "eval/judge_reward_mean": "Held-out reward by the judge",
+        "eval/win_rate": "Win rate against the initial policy (share)",
         "eval/kl_mean": "KL to the reference (nats per answer)",
         "eval/length_mean": "Answer length (tokens)",
         "eval/truncated_rate": "Truncated answers (share)",
@@ -27,6 +29,12 @@ HEADLINES = {  # metric -> label, in the order of the table's rows
         "loss": "Training loss",
     },
     "sft": {"eval/loss": "Held-out loss (nats per token)", "loss": "Training loss (nats per token)"},
+}
+
+ERRORS = {  # metric -> its standard error
+    "eval/reward_mean": "eval/reward_sem",
+    "eval/judge_reward_mean": "eval/judge_reward_sem",
+    "eval/win_rate": "eval/win_rate_sem",
 }
 
 
@@ -77,7 +85,7 @@ def headline(stage: Stage) -> list[dict[str, str]]:
         _, values = stage.series(name)
         if not len(values):
             continue
-        _, errors = stage.series("eval/reward_sem") if name == "eval/reward_mean" else ([], [])
+        _, errors = stage.series(ERRORS.get(name, ""))
         cells = [number(value) for value in (values[0], values[-1])]
         if len(errors) == len(values):
             cells = [f"{cell} ± {number(error)}" for cell, error in zip(cells, (errors[0], errors[-1]), strict=True)]
