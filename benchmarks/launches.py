@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from alignment.runtime.arguments import resolve
 from alignment.runtime.faults import RunError, UsageError
@@ -82,7 +83,7 @@ class Launch:
         return [row for row in rows if any(name.startswith("eval/") for name in row)]
 
 
-def _follow(command: list[str], log) -> int:
+def _follow(command: list[str], log: TextIO) -> int:
     """Run a command, writing what it says to ``log`` and its steps to the terminal; returns its status.
 
     It ends with this process, also where only this one is told to.

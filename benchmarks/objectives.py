@@ -38,8 +38,8 @@ KEYS = ("reward_model", "judge", "policy", "objectives", "search_seed", "seeds")
 def main() -> None:
     """Run what is not done yet, show, write."""
     options = parse_options()
-    comparison = Comparison(read_setting(options.setting), options.folder or options.json.with_suffix(""))
-    result = comparison.run()
+    folder = options.folder or options.json.with_suffix("")
+    result = Comparison(read_setting(options.setting), folder.resolve()).run()
     show(result)
     save(result, options.json, draw)
 

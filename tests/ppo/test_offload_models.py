@@ -105,6 +105,9 @@ def test_what_is_not_named_stays(model_of, tmp_path):
 def test_the_models_of_an_iteration_follow_each_other(model_of, tmp_path):
     offload = Offload(ALL, tmp_path, PhaseTimer())
     offload.add_frozen(passes_of(model_of()))
+    judge = passes_of(model_of())
+    offload.add_frozen(judge, in_turn=False)  # which most iterations do without: nothing fetches it ahead
+    assert not any(parameter._is_initialized() for parameter in judge.model.parameters())
     for _ in range(2):
         offload.add_trained(make_engine(model_of()))
     reference, critic, actor = offload.models
