@@ -237,8 +237,8 @@ class TestAnswers:
     @TEMPERATURES
     def test_awr_with_soft_advantages_is_exact(self, temperature):
         advantages, _ = soft_values(TREE, INITIAL, temperature)
-        fitted = fit_awr(INITIAL, advantages, temperature)
-        np.testing.assert_allclose(TREE.of_answers(fitted).sum(-1), self.closed_form(TREE, temperature), atol=TOLERANCE)
+        reached = TREE.of_answers(fit_awr(INITIAL, advantages, temperature)).sum(-1)
+        np.testing.assert_allclose(reached, self.closed_form(TREE, temperature), atol=TOLERANCE)
 
     @SAMPLING
     @TEMPERATURES
