@@ -28,6 +28,10 @@ class RawSample(TypedDict, total=False):
     """A whole conversation for supervised training: an even-length turn list that ends with the assistant."""
     system: str
     """A system message that precedes the conversation."""
+    reward: float
+    """The score that ``answer`` was logged with."""
+    other_reward: float
+    """The score that ``other_answer`` was logged with."""
     better: bool
     """Whether ``answer`` is preferred to ``other_answer``."""
     safer: bool

@@ -25,6 +25,7 @@ SCRIPTS = {
     "sft": CHECKOUT / "alignment/sft/run_sft.py",
     "rm": CHECKOUT / "alignment/rm/run_reward.py",
     "ppo": CHECKOUT / "alignment/ppo/run_ppo.py",
+    "offline": CHECKOUT / "alignment/ppo/run_offline.py",
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -117,6 +118,19 @@ ARGUMENTS = {
         "entropy_coeff": 0.01,
         "ptx_coeff": 0.5,
         "ptx_datasets": "animals:10/-1",
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+    },
+    "offline": SHARED
+    | {
+        "actor_model_name_or_path": "model",
+        "output_dir": "offline",
+        "reward_function": "user_reward.py:count_vowels",
+        "max_prompt_len": 24,
+        "max_new_tokens": 6,
+        "per_device_train_batch_size": 8,
+        "critic_training": "joint",
+        "critic_refresh": 2,
         "evaluation_strategy": "steps",
         "eval_steps": 2,
     },

@@ -179,11 +179,11 @@ class TrainingArguments(StageArguments):
     def validate(values: dict[str, Any]) -> None:
         """See StageArguments.validate."""
         StageArguments.validate(values)
-        _settle_offload(values)
+        settle_offload(values)
         values["eval_mode"] = values["eval_mode"] or None
-        _settle_lengths(values)
+        settle_lengths(values)
         _validate_batches(values)
-        _validate_rewards(values)
+        validate_rewards(values)
         _settle_score_scaling(values)
         _validate_judge(values)
         _validate_rollout(values)
@@ -195,7 +195,8 @@ class TrainingArguments(StageArguments):
             raise UsageError('"total_episodes": give it or "max_steps", not both')
 
 
-def _settle_lengths(values: dict[str, Any]) -> None:
+def settle_lengths(values: dict[str, Any]) -> None:
+    """Fills in max_new_tokens and max_prompt_len. Raises UsageError for lengths that exclude each other."""
     longest = values["max_length"]
     values["max_new_tokens"] = values["max_new_tokens"] or longest
     values["max_prompt_len"] = values["max_prompt_len"] or longest
@@ -207,7 +208,8 @@ def _settle_lengths(values: dict[str, Any]) -> None:
         raise UsageError(f'"max_prompt_len": {values["max_prompt_len"]} is more than "max_length", {longest}')
 
 
-def _settle_offload(values: dict[str, Any]) -> None:
+def settle_offload(values: dict[str, Any]) -> None:
+    """Puts the words of offload_level in order. Raises UsageError for an unknown one."""
     words = values["offload_level"].split()
     if not set(words) <= set(OFFLOAD_LEVELS):
         raise UsageError(
@@ -242,14 +244,16 @@ def _validate_rollout(values: dict[str, Any]) -> None:
         )
 
 
-def _validate_rewards(values: dict[str, Any]) -> None:
+def validate_rewards(values: dict[str, Any], needed: bool = True) -> None:
+    """Raises UsageError for weights that do not fit the reward sources, or if one is needed and there is none."""
     names = ("reward_model_name_or_path", "reward_function", "reward_server")
     sources = [name for name in names if values[name]]
-    if not sources:
+    if needed and not sources:
         raise UsageError(f"no reward: set one of {', '.join(names)}")
     weights = values["reward_weights"]
     if weights is not None and len(weights) != len(sources):
-        raise UsageError(f'"reward_weights": {weights} must hold {len(sources)}, one each for {", ".join(sources)}')
+        named = ", ".join(sources) or "no source"
+        raise UsageError(f'"reward_weights": {weights} must hold {len(sources)}, one each for {named}')
 
 
 def _settle_score_scaling(values: dict[str, Any]) -> None:

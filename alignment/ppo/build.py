@@ -26,24 +26,26 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> PPOTrainer:
     policy = find_checkpoint(args.output_dir, args.resume_from_checkpoint, PARTS[0])
     value = policy and critic_checkpoint(policy)
     check_resumes_alike(args, policy)
-    text_rewards = _text_rewards(args)
+    text_rewards = load_text_rewards(args)
     tokenizer = load_named(ACTOR, load_tokenizer, model_args.actor_model_name_or_path)
     prompts, eval_prompts = load_data(PromptOnlyDataset, data_args, args, tokenizer, data_args.max_prompt_len)
     ptx_set = _load_texts(data_args, args, tokenizer) if args.ptx_coeff > 0 else None
     offload = Offload(args.offload_level.split(), Path(args.output_dir), PhaseTimer())
-    models = ModelLoader(model_args, data_args, args, tokenizer, text_rewards, offload, policy, value).load()
+    trunk = args.critic_shares_trunk
+    loader = ModelLoader(model_args, data_args, args, tokenizer, text_rewards, offload, policy, value, True, trunk)
+    models = loader.load()
     longest = max(len(item["input_ids"]) for part in (prompts, eval_prompts or ()) for item in part)
     for model in (models.actor, models.critic):
         check_positions("max_new_tokens", model, longest + args.max_new_tokens)
     if ptx_set is not None:
         check_positions("max_length", models.actor, max(len(item["input_ids"]) for item in ptx_set))
-    sampling = _sampling(args, models)
+    sampling = sampling_of(args, models)
     if sampling.is_truncated:
         say("notice: top_p, top_k, repetition_penalty or min_new_tokens shape sampling, but not the ratio and the KL")
     return PPOTrainer(args, models, offload, sampling, prompts, eval_prompts, ptx_set, policy)
 
 
-def _text_rewards(args: Any) -> list[RewardSource]:
+def load_text_rewards(args: Any) -> list[RewardSource]:
     """The sources that need no model here, in the order of reward_weights."""
     sources: list[RewardSource] = []
     if args.reward_function:
@@ -60,7 +62,7 @@ def _load_texts(data_args: Any, args: Any, tokenizer: Tokenizer) -> SupervisedDa
     return texts
 
 
-def _sampling(args: Any, models: Models) -> SamplingParameters:
+def sampling_of(args: Any, models: Models) -> SamplingParameters:
     """An answer ends at the tokenizer's EOS, or at one that the model's configuration names."""
     configured = models.actor.config.eos_token_id
     configured = configured if isinstance(configured, list | tuple) else [configured]

@@ -220,6 +220,8 @@ def policy_loss(
         return losses.apa_loss(new, old, anchor, advantages, mask, args.apa_lambda, tokens)
     if args.policy_loss == "awr":
         return losses.awr_loss(new, old, advantages, mask, args.awr_beta, args.awr_weight_clip, tokens)
+    if args.policy_loss == "bc":  # behaviour cloning: AWR with weight 1
+        return losses.awr_loss(new, old, paddle.zeros_like(advantages), mask, denominator=tokens)
     return losses.ppo_loss(new, old, advantages, mask, args.clip_range_ratio, tokens)
 
 

@@ -43,13 +43,14 @@ SCORERS = {REWARD: "model", JUDGE: "judge"}  # their names in metrics and messag
 class Models:
     """What PPO works with: this process's parts of the models, rewards, tokenizer. The reference is frozen.
 
-    judge: scores evaluations, or None; judge_name: as the user calls it.
+    judge: scores evaluations, or None; judge_name: as the user calls it. Logged data may do without a critic, and
+    without rewards.
     """
 
     actor: paddle.nn.Layer
     reference: Pipeline
-    critic: paddle.nn.Layer
-    rewards: WeightedRewards
+    critic: paddle.nn.Layer | None
+    rewards: WeightedRewards | None
     tokenizer: Tokenizer
     judge: WeightedRewards | None
     judge_name: str | None
@@ -62,6 +63,8 @@ class ModelLoader:
     Args:
         text_rewards: the reward sources that are no models here; the reward model is put before them.
         policy, value: checkpoints of actor and critic to resume from, or None.
+        with_critic: whether there is one; behaviour cloning needs none.
+        shares_trunk: it is a head on the policy.
     """
 
     model_args: Any
@@ -72,12 +75,15 @@ class ModelLoader:
     offload: Offload
     policy: Path | None
     value: Path | None
+    with_critic: bool = True
+    shares_trunk: bool = False
 
     def load(self) -> Models:
         """Raises: UsageError, naming the argument, for a model that cannot be read or does not fit the others."""
         load = self._sharing if self.args.lora else self._separate
         reward, judge, reference, actor, critic = load()
-        rewards = WeightedRewards([*([reward] if reward else []), *self.text_rewards], self.args.reward_weights)
+        sources = [*([reward] if reward else []), *self.text_rewards]
+        rewards = WeightedRewards(sources, self.args.reward_weights) if sources else None
         judge = judge and WeightedRewards([judge])
         return Models(actor, reference, critic, rewards, self.tokenizer, judge, getattr(self.model_args, JUDGE))
 
@@ -91,7 +97,9 @@ class ModelLoader:
         passes = self._passes_of_reference(reference)
         actor = load_named(ACTOR, load_policy, self.policy or start, dtype, args.recompute, here)
         load_named("num_layers_unfrozen", set_trainable_layers, actor, args.num_layers_unfrozen)
-        if args.critic_shares_trunk:
+        if not self.with_critic:
+            critic = None
+        elif self.shares_trunk:
             critic = load_named("resume_from_checkpoint", add_value_head, actor, args.seed, self.value)
         else:
             critic = self._separate_critic(self.value or self.model_args.reward_critic_model_name_or_path)
@@ -104,9 +112,10 @@ class ModelLoader:
         reference = load_named(ACTOR, bases.load_reference, self.model_args.actor_model_name_or_path)
         actor = load_named(ACTOR, bases.load_actor, args.recompute)
         reward = self._scorer(REWARD, bases.load_reward)
-        start = self.model_args.reward_critic_model_name_or_path
-        self._check_vocabulary(start)
-        critic = load_named(CRITIC, bases.load_critic, start, self._recomputes_critic)
+        critic, start = None, self.model_args.reward_critic_model_name_or_path
+        if self.with_critic:
+            self._check_vocabulary(start)
+            critic = load_named(CRITIC, bases.load_critic, start, self._recomputes_critic)
         for model, checkpoint in ((actor, self.policy), (critic, self.value)):
             if checkpoint is not None:
                 load_named("resume_from_checkpoint", resume_adapters, model, checkpoint)

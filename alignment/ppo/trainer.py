@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ import paddle
 from alignment.parallel.topology import topology
 from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
-from alignment.ppo.estimate import describe_rollout, estimate, mean_and_sem, sequence_kl
+from alignment.ppo.estimate import estimate
+from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
 from alignment.ppo.judge import WinRate
 from alignment.ppo.learner import Learner, steps_per_iteration
 from alignment.ppo.load import Models
@@ -26,7 +26,6 @@ from alignment.ppo.reference_answers import ReferenceScores
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.ppo.self_check import check_reference
-from alignment.runtime.console import show_samples
 from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import peak_memory_gb
@@ -36,7 +35,6 @@ from alignment.training.engine import OptimizerSettings, TrainingEngine
 from alignment.training.loop import run_loop
 from alignment.training.setup import SAMPLES_FILE, total_steps
 
-EVALUATION = 0  # iteration number that draws the answers of every evaluation: differences are the policy's, not luck's
 PARTS = ("policy", "value")
 
 
@@ -183,34 +181,7 @@ class PPOTrainer:
         """Metrics on the held-out prompts and, one a prompt, the rows of samples.jsonl (without their step)."""
         collected = self.collector.evaluate(self.eval_prompts, self.args.seed, EVALUATION, self.sampling)
         self.timer.pop()
-        experience = collected.experience
-        reward, reward_sem = mean_and_sem(experience.scores)
-        kl, kl_sem = mean_and_sem(sequence_kl(experience))
-        described = describe_rollout(experience)
-        metrics = {
-            "eval/reward_mean": reward,
-            "eval/reward_sem": reward_sem,
-            "eval/kl_mean": kl,
-            "eval/kl_sem": kl_sem,
-            "eval/length_mean": described["rollout/length_mean"],
-            "eval/truncated_rate": described["rollout/truncated_rate"],
-            **{f"eval/{name}": float(values.mean()) for name, values in collected.components.items()},
-        }
-        if self.win_rate is not None:
-            metrics |= self.win_rate.measure(experience, collected.judged)
-        rows = [
-            {
-                "prompt_id": int(experience.prompt_id[i]),
-                "prompt": self.eval_prompts[experience.row[i]]["prompt"],
-                "answer": answer,
-                "reward": float(experience.scores[i]),
-                "length": int(experience.lengths[i]),
-                "finished": bool(experience.finished[i]),
-                **({} if collected.judged is None else {"judge": float(collected.judged[i])}),
-            }
-            for i, answer in enumerate(collected.answers)
-        ]
-        return metrics, rows
+        return describe_answers(collected, self.eval_prompts, self.win_rate)
 
     def save(self, iteration: int) -> None:
         """Write value/checkpoint-N, then policy/checkpoint-N: where the policy's is there, so is the value's."""
@@ -237,11 +208,7 @@ class PPOTrainer:
         if self.eval_prompts is None:
             return {}
         metrics, rows = self.evaluate()
-        if is_main_process():
-            lines = [json.dumps({"step": iteration, **row}, ensure_ascii=False) + "\n" for row in rows]
-            with (self.output_dir / SAMPLES_FILE).open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-        show_samples(f"held-out answers after iteration {iteration}", rows)
+        record_samples(self.output_dir, iteration, rows)
         return metrics
 
     def _resume(self) -> int:

@@ -101,6 +101,14 @@ PANELS = {
         Panel("ptx_loss", "Loss on pre-training data", "nats per token", (Curve("loss/ptx_avg", "ptx", TRAIN),)),
         Panel("entropy", "Entropy of the policy", "nats per token", (Curve("policy/entropy_avg", "policy", TRAIN),)),
     ),
+    "offline": (
+        Panel("reward", "Reward", "reward", (Curve("eval/reward_mean", "held-out", HELD_OUT, "eval/reward_sem"),)),
+        Panel("kl", "KL to the reference", "nats per answer", (Curve("eval/kl_mean", "held-out", HELD_OUT),)),
+        Panel("length", "Answer length", "tokens", (Curve("eval/length_mean", "held-out", HELD_OUT),)),
+        Panel("policy_loss", "Policy loss", "loss", _pair("loss/policy_avg", "eval/loss")),
+        Panel("value_loss", "Value loss", "loss", _pair("loss/value_avg", "eval/value_loss")),
+        Panel("entropy", "Entropy of the policy", "nats per token", (Curve("policy/entropy_avg", "policy", TRAIN),)),
+    ),
     "rm": (
         Panel("loss", "Ranking loss", "loss", _pair("loss", "eval/loss")),
         Panel("accuracy", "Accuracy on pairs", "share ranked right", _pair("accuracy", "eval/accuracy")),

@@ -13,15 +13,15 @@ import numpy as np
 
 from alignment.runtime.faults import UsageError
 
-STAGE_ORDER = ("sft", "rm", "ppo")
-STAGE_TITLES = {"sft": "Supervised fine-tuning", "rm": "Reward model", "ppo": "Online RL"}
+STAGE_ORDER = ("sft", "rm", "offline", "ppo")
+STAGE_TITLES = {"sft": "Supervised fine-tuning", "rm": "Reward model", "offline": "Logged answers", "ppo": "Online RL"}
 
 
 @dataclass
 class Stage:
     """What one stage wrote.
 
-    kind: "sft", "rm" or "ppo", told from the metrics' names.
+    kind: a key of STAGE_TITLES, told from the metrics' names.
     metrics: {name: {step: value}}, finite values only; a step written twice (after a resume) keeps its last value.
     samples: rows of samples.jsonl in file order; run: run.json; notes: what was missing, for the reader.
     """
@@ -44,7 +44,7 @@ class Stage:
 
 
 def read_stages(output_dir: Path) -> list[Stage]:
-    """The stage in `output_dir`, or those in its direct sub-directories (sft, rm, ppo first, then by name).
+    """The stage in `output_dir`, or those in its direct sub-directories (sft, rm, offline, ppo first, then by name).
 
     Raises UsageError when there is none or a file is corrupt.
     """
@@ -73,6 +73,8 @@ def read_stage(directory: Path) -> Stage:
 
 def _tell_kind(metrics: Iterable[str]) -> str:
     names = set(metrics)
+    if "logged/answers" in names:
+        return "offline"
     if names & {"eval/reward_mean", "rollout/reward_mean", "objective/kl", "loss/policy_avg"}:
         return "ppo"
     return "rm" if names & {"eval/margin", "margin", "eval/accuracy"} else "sft"

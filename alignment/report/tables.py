@@ -21,6 +21,14 @@ HEADLINES = {  # metric -> label, in the order of the table's rows
         "eval/length_mean": "Answer length (tokens)",
         "eval/truncated_rate": "Truncated answers (share)",
     },
+    "offline": {
+        "eval/reward_mean": "Held-out reward",
+        "eval/kl_mean": "KL to the reference (nats per answer)",
+        "eval/length_mean": "Answer length (tokens)",
+        "eval/loss": "Loss on held-out logged answers",
+        "eval/vf_explained_var": "Variance of held-out returns that the critic explains",
+        "loss/policy_avg": "Training loss",
+    },
     "rm": {
         "eval/accuracy": "Held-out accuracy",
         "eval/margin": "Held-out margin",

@@ -15,6 +15,7 @@ LAYOUTS = (
     "RawSample's fields; messages; prompt/chosen/rejected; chosen/rejected (transcripts or message lists); "
     "instruction/input/output; prompt with answer, response, completion, output or label; prompt alone"
 )
+SCORES = ("reward", "other_reward")
 ANSWERS = ("answer", "response", "completion", "output", "label")
 ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1}
 
@@ -35,7 +36,7 @@ class LocalDataset(RowDataset):
         if "messages" in row or "conversations" in row:
             return read_messages(row.get("messages", row.get("conversations")))
         if "chosen" in row and "rejected" in row:
-            return read_pair(row)
+            return read_pair(row) | {key: row[key] for key in SCORES if key in row}
         if "instruction" in row:
             text = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
             return RawSample(input=text, answer=row["output"]) if "output" in row else RawSample(input=text)
@@ -46,6 +47,7 @@ class LocalDataset(RowDataset):
             return RawSample(**{key: read_flag(key, value) for key, value in sample.items()})
         if "prompt" in row:
             sample = read_prompt(row["prompt"])
+            sample |= {key: row[key] for key in SCORES if key in row}
             if (name := next((name for name in ANSWERS if name in row), None)) is not None:
                 sample["answer"] = row[name]
             return sample

@@ -1,0 +1,1 @@
+"""Learning from logged answers: APA, AWR and ILQL without sampling."""

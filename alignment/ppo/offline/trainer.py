@@ -1,0 +1,150 @@
+"""Learning from logged answers: prepare -> step -> evaluate -> save, whatever the objective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from alignment.ppo.collect import Collector
+from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
+from alignment.ppo.models.saving import save_model
+from alignment.ppo.rollout.protocol import SamplingParameters
+from alignment.runtime.metrics import is_main_process, keep_steps
+from alignment.runtime.timing import peak_memory_gb
+from alignment.training.batches import BatchSchedule
+from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
+from alignment.training.engine import TrainingEngine
+from alignment.training.loop import run_loop
+from alignment.training.setup import SAMPLES_FILE, total_steps
+
+PARTS = ("policy", "value")
+
+
+class OfflineLearner(Protocol):
+    """What learns from logged answers.
+
+    engines: by the sub-directory of output_dir that gets the model's checkpoints; "policy" is the last.
+    collector: answers held-out prompts by what was learnt, and has the reward sources score them.
+    schedule: which answers a step takes. critic_steps: steps before the first of the policy.
+    """
+
+    engines: dict[str, TrainingEngine]
+    collector: Collector
+    schedule: BatchSchedule
+    critic_steps: int
+
+    def prepare(self, checkpoint: Path | None = None) -> None:
+        """Called once before the first step, after ``load_state_dict`` where ``checkpoint`` is resumed."""
+
+    def step(self, number: int) -> dict[str, float]:
+        """Step ``number``, counted from 1; returns its metrics."""
+
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Metrics on held-out answers after ``number`` steps; empty where there are none."""
+
+    def state_dict(self) -> dict:
+        """What trainer_state.json holds; plain JSON."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes back what ``state_dict`` gave."""
+
+    def save_measured(self, directory: Path) -> None:
+        """Write what else a resumed run needs into the policy's checkpoint; called on the first process."""
+
+
+class OfflineTrainer:
+    """Runs an OfflineLearner.
+
+    Args:
+        args: alignment.ppo.offline.arguments.TrainingArguments.
+        tokenizer: saved beside each model.
+        learner: see OfflineLearner.
+        eval_prompts: items of a PromptOnlyDataset that the policy answers when it is evaluated, or None.
+        sampling: how it answers them.
+        checkpoint: ``policy/checkpoint-N`` to resume from, or None.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        tokenizer: Any,
+        learner: OfflineLearner,
+        eval_prompts: Sequence[dict] | None,
+        sampling: SamplingParameters,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.args, self.tokenizer, self.learner, self.checkpoint = args, tokenizer, learner, checkpoint
+        self.eval_prompts, self.sampling = eval_prompts, sampling
+        self.output_dir, self.timer = Path(args.output_dir), learner.collector.timer
+        self.steps_per_epoch = learner.schedule.steps_per_epoch
+        self.total_steps = learner.critic_steps + total_steps(args, self.steps_per_epoch)
+
+    def train(self) -> dict[str, float]:
+        """Run all steps, evaluate and save on the way. Returns the last evaluation's metrics."""
+        if self.learner.collector.rewards is not None:
+            self.learner.collector.rewards.check()
+        start = self._resume()
+        with self.timer("score"):
+            self.learner.prepare(self.checkpoint)
+        return run_loop(
+            self.args,
+            start,
+            self.total_steps,
+            self.steps_per_epoch,
+            step=self.training_step,
+            evaluate=self.evaluate,
+            save=self.save,
+        )
+
+    def training_step(self, number: int) -> dict[str, float]:
+        """One optimizer step, counted from 1, of each model that learns in it."""
+        started = time.perf_counter()
+        with self.timer("update"):
+            metrics = self.learner.step(number)
+        return {
+            "epoch": number / self.steps_per_epoch,
+            **metrics,
+            **self.timer.pop(),
+            "perf/iteration_s": time.perf_counter() - started,
+            "perf/max_memory_gb": peak_memory_gb(),
+        }
+
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Metrics on held-out answers and, where the policy may be another than last time, of its own answers."""
+        metrics = self.learner.evaluate(number)
+        if self.eval_prompts is not None and (number == 0 or number > self.learner.critic_steps):
+            how = (self.args.seed, EVALUATION, self.sampling)
+            described, rows = describe_answers(
+                self.learner.collector.evaluate(self.eval_prompts, *how), self.eval_prompts
+            )
+            record_samples(self.output_dir, number, rows)
+            metrics |= described
+        self.timer.pop()
+        return metrics
+
+    def save(self, number: int) -> None:
+        """Write a checkpoint-N of every model, the policy's last: where it is there, so are the others."""
+        for part, engine in self.learner.engines.items():
+
+            def save_weights(directory: Path, part: str = part, engine: TrainingEngine = engine) -> None:
+                with engine.shards.whole_model():
+                    save_model(engine.model, self.tokenizer, directory)
+                if part == "policy" and is_main_process():
+                    self.learner.save_measured(directory)
+
+            save_checkpoint(self.output_dir / part, number, save_weights, engine, self.learner.state_dict())
+        for part in self.learner.engines:
+            drop_old_checkpoints(self.output_dir / part, self.args.save_total_limit)
+
+    def _resume(self) -> int:
+        """The step to go on after; 0 for a fresh run."""
+        if self.checkpoint is None:
+            return 0
+        for part, engine in self.learner.engines.items():
+            state = load_training_state(self.checkpoint.parent.parent / part / self.checkpoint.name, engine)
+        self.learner.load_state_dict(state)
+        if is_main_process():
+            keep_steps(self.output_dir / SAMPLES_FILE, state["step"])
+        return state["step"]
