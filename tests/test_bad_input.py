@@ -18,6 +18,8 @@ def project(tmp_path_factory):
     (corrupt / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     write_tiny_model(folder / "odd", num_key_value_heads=1)
     (folder / "empty.jsonl").write_text("")
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "Say cat", "answer": "a" * 60}) + "\n")
+    (folder / "bad_score.jsonl").write_text(json.dumps({"prompt": "q", "answer": "cat", "reward": "good"}) + "\n")
     (folder / "no_answer.jsonl").write_text(json.dumps({"input": "Say cat"}) + "\n")
     return folder
 
@@ -47,6 +49,24 @@ USAGE = {  # name: (stage, overrides, what the line must say)
     "user module that is not there": ("rm", ("--dataset_modules", "nothing.py"), ("nothing.py",)),
     "nothing to resume from": ("rm", ("--resume_from_checkpoint", "true"), ("resume_from_checkpoint",)),
     "adapters and layers": ("sft", ("--lora", "true", "--num_layers_unfrozen", "1"), ("num_layers_unfrozen", "lora")),
+    "no score for logged answers": (
+        "offline",
+        ("--reward_function", "null"),
+        ("no reward", "60 of 60 logged answers", "reward_model_name_or_path", "reward_function"),
+    ),
+    "a score that is no number": (
+        "offline",
+        ("--train_datasets", "local:1:bad_score.jsonl"),
+        ("bad_score.jsonl", "sample 0", "'reward'", "finite number", "'good'"),
+    ),
+    "online objective on logged answers": ("offline", ("--policy_loss", "ppo"), ("--policy_loss", "apa, awr, bc")),
+    "argument of online RL": ("offline", ("--kl_coeff", "0.1"), ("--kl_coeff", "unknown key")),
+    "unknown training of the critic": ("offline", ("--critic_training", "last"), ("last", "first, joint, none")),
+    "logged answers longer than the model's positions": (
+        "offline",
+        ("--max_length", "99", "--max_prompt_len", "9", "--train_datasets", "local:1:long.jsonl"),
+        ("max_length", "64"),
+    ),
     "too many layers": ("rm", ("--num_layers_unfrozen", "9"), ("num_layers_unfrozen", "9", "2")),
 }
 TP, PP = "--tensor_parallel_degree", "--pipeline_parallel_degree"

@@ -1,12 +1,12 @@
 """Every layout trains the same model: the same global batch gives the same trajectory as one process.
 
 Each layout is one launch through Paddle's launcher that runs every scenario of tests/parallel/trajectories.py (SFT,
-reward models, PPO, APA, AWR; Llama and Qwen2 with grouped-query attention; tied and untied embeddings; an uneven last
-batch, partial freezing, evaluation), and is compared with the launch of a single process: metrics, sampled tokens,
-and weights of every checkpoint.
+reward models, PPO, APA, AWR, logged answers; Llama and Qwen2 with grouped-query attention; tied and untied embeddings;
+an uneven last batch, partial freezing, evaluation), and is compared with the launch of a single process: metrics,
+sampled tokens, and weights of every checkpoint.
 
     python -m pytest tests -m layouts         every layout on six scenarios, some with LoRA; part of the whole suite
-    python -m pytest tests -m layouts_full    more layouts, each on all 44 scenarios
+    python -m pytest tests -m layouts_full    more layouts, each on all scenarios
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ LORA = [
     Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
     Launch("tp2", 2, 1, 2, TP2),
     Launch("tp2_sp_recompute", 2, 1, 1, f"{TP2} {SP} {RECOMPUTE}"),
+    Launch("pp2", 2, 1, 4, PP2),
+    Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
+]
+OFFLINE = [
+    Launch("accumulate4", accumulation=4),
+    Launch("dp2", 2, 2, 2),
+    Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
+    Launch("tp2", 2, 1, 2, TP2),
     Launch("pp2", 2, 1, 4, PP2),
     Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
 ]
@@ -122,6 +130,12 @@ def test_adapters(trajectories, launch):
 
 
 @pytest.mark.layouts
+@pytest.mark.parametrize("launch", OFFLINE, ids=lambda launch: launch.name)
+def test_logged_answers(trajectories, launch):
+    assert_same(trajectories, launch, "offline")
+
+
+@pytest.mark.layouts
 @pytest.mark.parametrize("launch", TRUNK, ids=lambda launch: launch.name)
 def test_critic_on_the_policys_layers(trajectories, launch):
     assert_same(trajectories, launch, "trunk")
@@ -140,7 +154,13 @@ def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
 @pytest.mark.layouts
 @pytest.mark.parametrize(
     ("saved", "resumed", "scenarios"),
-    [("tp2_pp2", "dp2", "fast"), ("dp2", "tp2_pp2", "fast"), ("tp2", "pp2", "lora"), ("pp2", "tp2", "trunk")],
+    [
+        ("tp2_pp2", "dp2", "fast"),
+        ("dp2", "tp2_pp2", "fast"),
+        ("tp2", "pp2", "lora"),
+        ("pp2", "tp2", "trunk"),
+        ("dp2", "pp2", "offline"),
+    ],
 )
 def test_resume_in_another_layout(project, trajectories, saved, resumed, scenarios):
     by_name = {launch.name: launch for launch in FAST}

@@ -28,13 +28,20 @@ def rows_of(folder):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize(("stage", "parts"), [("sft", [""]), ("rm", [""]), ("ppo", ["policy", "value"])])
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [("sft", [""]), ("rm", [""]), ("ppo", ["policy", "value"]), ("offline", ["policy", "value"])],
+)
 def test_resume(project, stage, parts, lora):
     whole, resumed = project / f"{stage}_whole_{lora}", project / f"{stage}_resumed_{lora}"
-    steps = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--lr_scheduler_type", "constant")
+    critic_first = stage == "offline" and lora  # for two steps; then the policy begins
+    steps = ("--max_steps", 2 if critic_first else 4, "--lr_scheduler_type", "constant")
+    steps += ("--save_strategy", "steps", "--save_steps", 2)
     more = ("--kl_controller", "adaptive", "--kl_target", 0.01, "--kl_horizon", 50) if stage == "ppo" else ()
     more += ("--judge_model_name_or_path", "judge") if stage == "ppo" else ()
     more += ("--lora", "true", "--lora_rank", 4) if lora else ()
+    if stage == "offline":
+        more += ("--critic_training", "first", "--critic_epochs", 0.3) if critic_first else ("--critic_refresh", 3)
     train(project, stage, "--output_dir", whole.name, *steps, *more)
     train(project, stage, "--output_dir", resumed.name, *steps, *more)
     # As a run looks that was killed after step 3: checkpoint-2 is complete, metrics go on to 3, the last line torn.
@@ -50,7 +57,7 @@ def test_resume(project, stage, parts, lora):
         assert any("lora_A" in name for name in one) == lora
         for name, value in one.items():
             np.testing.assert_array_equal(other[name], value, err_msg=name)
-    if stage == "ppo":
+    if stage in ("ppo", "offline"):
         assert read_rows(resumed / "samples.jsonl") == read_rows(whole / "samples.jsonl")
         judged = [row["eval/win_rate"] for row in rows_of(whole) if "eval/win_rate" in row]
         assert len(judged) == 3 and judged[0] == 0.5 != judged[-1]

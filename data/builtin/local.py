@@ -33,10 +33,13 @@ class LocalDataset(RowDataset):
 
     def to_sample(self, row: Mapping[str, Any]) -> RawSample:
         """By the columns that are there: messages, a pair of answers, or the fields of RawSample (docs/data.md)."""
+        return self._read(row) | {key: row[key] for key in SCORES if key in row}
+
+    def _read(self, row: Mapping[str, Any]) -> RawSample:
         if "messages" in row or "conversations" in row:
             return read_messages(row.get("messages", row.get("conversations")))
         if "chosen" in row and "rejected" in row:
-            return read_pair(row) | {key: row[key] for key in SCORES if key in row}
+            return read_pair(row)
         if "instruction" in row:
             text = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
             return RawSample(input=text, answer=row["output"]) if "output" in row else RawSample(input=text)
@@ -47,7 +50,6 @@ class LocalDataset(RowDataset):
             return RawSample(**{key: read_flag(key, value) for key, value in sample.items()})
         if "prompt" in row:
             sample = read_prompt(row["prompt"])
-            sample |= {key: row[key] for key in SCORES if key in row}
             if (name := next((name for name in ANSWERS if name in row), None)) is not None:
                 sample["answer"] = row[name]
             return sample

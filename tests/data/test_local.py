@@ -24,6 +24,11 @@ OTHER = {"role": "assistant", "content": "b"}
         ({"instruction": "do", "input": "it", "output": "a"}, {"input": "do\nit", "answer": "a"}),
         ({"input": "q", "output": "a"}, {"input": "q", "answer": "a"}),
         ({"prompt": "q", "completion": "a"}, {"input": "q", "answer": "a"}),
+        ({"prompt": "q", "response": "a", "reward": 0.5}, {"input": "q", "answer": "a", "reward": 0.5}),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "reward": 2, "other_reward": -1},
+            PAIR | {"input": "q", "reward": 2, "other_reward": -1},
+        ),
         ({"prompt": "\n\nHuman: q\n\nAssistant:"}, {"input": ["q"]}),
         ({"prompt": "q"}, {"input": "q"}),
         ({"messages": [USER]}, {"input": ["q"]}),

@@ -24,6 +24,8 @@ from alignment.parallel.topology import topology  # noqa: E402
 from alignment.ppo.arguments import GROUPS as PPO_GROUPS  # noqa: E402
 from alignment.ppo.arguments import OFFLOAD_LEVELS  # noqa: E402
 from alignment.ppo.build import build_trainer as build_ppo  # noqa: E402
+from alignment.ppo.offline.arguments import GROUPS as OFFLINE_GROUPS  # noqa: E402
+from alignment.ppo.offline.build import build_trainer as build_offline  # noqa: E402
 from alignment.ppo.trainer import PARTS  # noqa: E402
 from alignment.rm.arguments import GROUPS as RM_GROUPS  # noqa: E402
 from alignment.rm.run_reward import build_trainer as build_rm  # noqa: E402
@@ -42,6 +44,7 @@ GLOBAL_BATCH, PROMPTS = 8, 4
 SAVED = {"save_strategy": "steps", "learning_rate": 5e-3, "adam_epsilon": 1e-3}
 SUPERVISED = SAVED | {"train_datasets": "animals:21/-1", "max_steps": 4, "save_steps": 2}
 ONLINE = SAVED | {"train_datasets": "animals:7/-1", "max_steps": 2, "save_steps": 1, "eval_steps": 1}
+LOGGED = SAVED | {"train_datasets": "animals:11/-1", "max_steps": 2, "save_steps": 1, "eval_steps": 1}  # 22 answers
 REWARD = SUPERVISED | {"learning_rate": 1e-3}  # more diverges, and divergence enlarges differences of rounding
 MODELS = {  # 292 tokens divide by 2 and 4; 289, what the tokenizer has, do not: every process then has all logits
     "llama_tied": {"family": "llama", "tied": True, "vocab_size": 292},
@@ -71,6 +74,15 @@ VARIANTS = {  # name: (stage, arguments)
     "apa_lora": ("ppo", ONLINE | LORA | {"policy_loss": "apa", "lora_target_modules": ["q_proj", "down_proj"]}),
     "awr": ("ppo", ONLINE | {"policy_loss": "awr", "awr_weight_clip": 2.0}),
     "ppo_trunk": ("ppo", ONLINE | SHARED_TRUNK | {"num_layers_unfrozen": 2}),
+    "offline_apa": (
+        "offline",
+        LOGGED | {"apa_lambda": 1.0, "critic_refresh": 1, "reward_model_name_or_path": "reward_model"},
+    ),
+    "offline_awr": (
+        "offline",
+        LOGGED | {"policy_loss": "awr", "critic_training": "first", "critic_epochs": 0.5, "num_layers_unfrozen": 2},
+    ),
+    "offline_bc": ("offline", LOGGED | LORA | {"policy_loss": "bc", "eval_datasets": None, "eval_split_ratio": 0.2}),
     "apa_trunk": ("ppo", ONLINE | SHARED_TRUNK | {"policy_loss": "apa", "apa_anchor": "old"}),
 }
 LEVELS = [" ".join(words) for n in range(len(OFFLOAD_LEVELS) + 1) for words in combinations(OFFLOAD_LEVELS, n)]
@@ -88,6 +100,7 @@ SETS = {
     "full": [f"{variant}-{model}" for variant in VARIANTS for model in MODELS],
     "lora": ["sft_lora-llama_tied", "rm_lora-qwen2_untied", "ppo_lora-llama_tied", "apa_lora-qwen2_tied"],
     "rl": ["ppo-llama_tied"],
+    "offline": ["offline_apa-llama_tied", "offline_awr-qwen2_untied", "offline_bc-llama_tied"],
     "trunk": ["ppo_trunk-llama_tied", "apa_trunk-qwen2_untied"],
     "supervised": ["sft-llama_tied"],
     "offload": [f"{variant}-llama_tied" for variant in OFFLOADED],
@@ -98,6 +111,7 @@ BUILDERS = {
     "sft": (build_sft, SFT_GROUPS, ("",)),
     "rm": (build_rm, RM_GROUPS, ("",)),
     "ppo": (build_ppo, PPO_GROUPS, PARTS),
+    "offline": (build_offline, OFFLINE_GROUPS, PARTS),
 }
 
 
@@ -117,7 +131,7 @@ def arguments_of(scenario: str, out: Path) -> tuple[str, dict]:
     """Stage and arguments of "<variant>-<model>", but for batch sizes and layout."""
     variant, model = scenario.split("-")
     stage, changes = (VARIANTS | OFFLOADED | OFFLOADED_LORA)[variant]
-    key = "actor_model_name_or_path" if stage == "ppo" else "model_name_or_path"
+    key = "actor_model_name_or_path" if stage in ("ppo", "offline") else "model_name_or_path"
     if stage == "rm":  # whose scores differ: they are normalised by their deviation, and rounding with them
         model += "_wide"
     return stage, ARGUMENTS[stage] | changes | {key: model, "output_dir": str(out / scenario)}
@@ -128,8 +142,9 @@ def run_scenario(
 ) -> None:
     """One scenario with the same global batch in every layout; ``resume``: the OUT of the run to go on with."""
     stage, arguments = arguments_of(scenario, out)
+    build, groups, parts = BUILDERS[stage]
     if resume:
-        part, saved = (PARTS[0], ONLINE["save_steps"]) if stage == "ppo" else ("", SUPERVISED["save_steps"])
+        part, saved = (PARTS[0], ONLINE["save_steps"]) if len(parts) > 1 else ("", SUPERVISED["save_steps"])
         arguments["resume_from_checkpoint"] = str(resume / scenario / part / f"checkpoint-{saved}")
     arguments |= {
         "per_device_train_batch_size": max(1, GLOBAL_BATCH // data_size // accumulation),
@@ -137,7 +152,6 @@ def run_scenario(
     }
     if stage == "ppo":
         arguments["per_device_prompt_batch_size"] = PROMPTS // data_size
-    build, groups, parts = BUILDERS[stage]
     file = out / f"{scenario}.{os.environ.get('PADDLE_TRAINER_ID', 0)}.json"
     file.write_text(json.dumps(arguments))
     rollouts: list[dict[str, np.ndarray]] = []
@@ -156,7 +170,7 @@ def run_scenario(
         return trainer
 
     pairs = zip(overrides[::2], overrides[1::2], strict=True)
-    known = [word for pair in pairs if stage == "ppo" or pair[0] != "--eval_mode" for word in pair]
+    known = [word for pair in pairs if len(parts) > 1 or pair[0] != "--eval_mode" for word in pair]
     run_stage(stage, parse([str(file), *known], groups), build_recorded, parts)
     if rollouts and is_main_process():
         arrays = {f"{i}/{name}": array for i, fields in enumerate(rollouts) for name, array in fields.items()}

@@ -86,12 +86,12 @@ class AdvantageLearner:
         """Step ``number`` of the run, counted from 1, of the critic, the policy or both; returns its metrics."""
         done = number - 1 - self.critic_steps  # of the policy's steps
         if done < 0:
-            return self._improve_critic(self.schedule(number - 1)) | self._describe()
+            return self._improve_critic(self.schedule(number - 1)) | self._describe_scores()
         if self._is_refresh_due(done):
             self.collector.measure_values(self.train.experience)
             self.targets, self.fit = self.estimator.fit(self.train.experience)
         rows = self.schedule(done)
-        metrics = self._improve_policy(rows) | self._describe()
+        metrics = self._improve_policy(rows) | self._describe_scores() | self._describe_advantages()
         return metrics | self._improve_critic(rows) if self._learn_together else metrics
 
     @property
@@ -133,13 +133,16 @@ class AdvantageLearner:
             sums = sum_up(engine.accumulate(parts, idle_rounds(len(rows), size)))
             return sums, engine.step()["grad_norm"]
 
-    def _describe(self) -> dict[str, float]:
-        """What the advantages of this step are made of."""
+    def _describe_scores(self) -> dict[str, float]:
+        if self.estimator is None:
+            return {}
+        scores = self.estimator.scores
+        return {"logged/score_mean": scores.mean, "logged/score_std": scores.variance**0.5}
+
+    def _describe_advantages(self) -> dict[str, float]:
         if self.estimator is None:
             return {}
         return {
-            "logged/score_mean": self.estimator.scores.mean,
-            "logged/score_std": self.estimator.scores.variance**0.5,
             "logged/advantage_std": losses.mean_variance(self.estimator.advantages)[1] ** 0.5,
             "critic/vf_explained_var": self.fit["vf_explained_var"],
         }
