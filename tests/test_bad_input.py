@@ -64,7 +64,7 @@ USAGE = {  # name: (stage, overrides, what the line must say)
     "unknown training of the critic": ("offline", ("--critic_training", "last"), ("last", "first, joint, none")),
     "logged answers longer than the model's positions": (
         "offline",
-        ("--max_length", "99", "--max_prompt_len", "9", "--train_datasets", "local:1:long.jsonl"),
+        ("--max_length", "99", "--train_datasets", "local:1:long.jsonl"),
         ("max_length", "64"),
     ),
     "too many layers": ("rm", ("--num_layers_unfrozen", "9"), ("num_layers_unfrozen", "9", "2")),

@@ -72,8 +72,8 @@ def refused(*options: str) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_file_resolves_and_every_key_in_it_counts(path, capsys):
-    stage = path.stem.partition("_")[0]
-    groups = GROUPS[stage if stage in GROUPS else "ppo"]
+    stage, offline = path.stem.removeprefix("offline_").partition("_")[0], path.stem.startswith("offline_")
+    groups = GROUPS["ppo.offline" if offline else stage if stage in GROUPS else "ppo"]
     values = resolve([str(path), "--dry_run"], groups)  # without, a file for several processes would miss them
     assert capsys.readouterr().err == ""
     if "policy_loss" in values:
@@ -85,14 +85,14 @@ def test_every_config_file_resolves_and_every_key_in_it_counts(path, capsys):
 
 def test_each_model_has_every_stage():
     stages = {f"{stage}_argument" for stage in ("sft", "rm", "ppo", "apa", "awr")}
-    lora = {"rm_lora_argument", "ppo_lora_argument"}
+    more = {"rm_lora_argument", "ppo_lora_argument", *(f"offline_{name}_argument" for name in ("apa", "awr", "bc"))}
     parallel = {f"{stage}_3d_argument" for stage in ("ppo", "apa", "awr")}
     sizes = {f"{stage}_{size}_argument" for stage in ("ppo", "apa", "awr") for size in ("125m", "1b", "6b", "20b")}
     assert {path.parent.name: {p.stem for p in CONFIGS if p.parent == path.parent} for path in CONFIGS} == {
         "hh": sizes | {"sft_argument", "rm_argument"},
         "llama": stages | parallel,
         "qwen": stages | parallel,
-        "smollm2": stages | lora,
+        "smollm2": stages | more,
         "tldr": stages,
     }
 
