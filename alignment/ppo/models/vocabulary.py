@@ -20,12 +20,20 @@ def split_log_probs(logits: paddle.Tensor, ids: paddle.Tensor, temperature: floa
     Returns: float32 [n], the same on every process of the tensor-parallel group.
     """
     logits = logits.astype("float32") / temperature
-    width = logits.shape[-1]
+    return split_chosen(logits, ids) - _log_sum_exp(logits)
+
+
+def split_chosen(logits: paddle.Tensor, ids: paddle.Tensor) -> paddle.Tensor:
+    """logits[ids], [n], with gradient; arguments as ``split_log_probs``."""
+    local, mine = own_columns(ids, logits.shape[-1])
+    chosen = paddle.take_along_axis(logits, local.unsqueeze(-1), axis=-1).squeeze(-1)
+    return sum_over_tensor_group(paddle.where(mine, chosen, paddle.zeros_like(chosen)))
+
+
+def own_columns(ids: paddle.Tensor, width: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Columns int64 [n] of ids among the ``width`` that are here, any for those elsewhere, and bool [n]: which are."""
     local = ids - topology().tensor_rank * width
-    mine = (local >= 0) & (local < width)
-    chosen = paddle.take_along_axis(logits, local.clip(0, width - 1).unsqueeze(-1), axis=-1).squeeze(-1)
-    chosen = paddle.where(mine, chosen, paddle.zeros_like(chosen))
-    return sum_over_tensor_group(chosen) - _log_sum_exp(logits)
+    return local.clip(0, width - 1), (local >= 0) & (local < width)
 
 
 def split_entropy(logits: paddle.Tensor, temperature: float = 1.0) -> paddle.Tensor:

@@ -14,7 +14,7 @@ from alignment.ppo.models.vocabulary import split_entropy, split_log_probs
 from alignment.ppo.rollout.answers import Answers, Decode
 from alignment.ppo.rollout.kernels import SampledTokens
 from alignment.ppo.rollout.model_group import ModelGroup
-from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
+from alignment.ppo.rollout.protocol import AdjustLogits, Draw, Rollout, SamplingParameters, uniforms
 from alignment.ppo.rollout.sampling import choose_tokens, mark_broken, sampling_logits
 
 
@@ -31,6 +31,7 @@ class EagerRolloutEngine:
     def __init__(self, model: paddle.nn.Layer, batch_size: int, decode: Decode | None = None) -> None:
         self.model, self.batch_size, self.decode = model, batch_size, decode
         self.group = ModelGroup(model)
+        self.adjust_logits: AdjustLogits | None = None
 
     @paddle.no_grad()
     def generate(
@@ -96,7 +97,9 @@ class EagerRolloutEngine:
         if not placement.is_last:
             send(hidden.astype(config.dtype), +1)
             return None, cache
-        return language_model_head(self.model, hidden[:, -1]).astype("float32"), cache
+        last = hidden[:, -1]
+        logits = language_model_head(self.model, last).astype("float32")
+        return logits if self.adjust_logits is None else self.adjust_logits(last, logits), cache
 
     def _describe(
         self, logits: paddle.Tensor | None, tokens: paddle.Tensor, temperature: float

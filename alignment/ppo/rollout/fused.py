@@ -11,11 +11,12 @@ import paddle.distributed as dist
 
 from alignment.parallel.pipeline import receive, send
 from alignment.parallel.topology import topology
+from alignment.ppo.models.policy import trunk
 from alignment.ppo.rollout.answers import Answers, Decode
 from alignment.ppo.rollout.decoder import read_decoder
 from alignment.ppo.rollout.kernels import Kernels, SampledTokens, TokenDraws
 from alignment.ppo.rollout.model_group import ModelGroup
-from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters, uniforms
+from alignment.ppo.rollout.protocol import AdjustLogits, Draw, Rollout, SamplingParameters, uniforms
 from alignment.ppo.rollout.schedule import Pass, Schedule
 
 ROWS_PER_PASS = 256  # enough for full speed of the matrix products, few enough to stay in a core's cache
@@ -39,6 +40,7 @@ class FusedRolloutEngine:
         self.model, self.batch_size, self.kernels, self.decode = model, batch_size, kernels, decode
         self.placement = model.placement
         self.group = ModelGroup(model)
+        self.adjust_logits: AdjustLogits | None = None
 
     @paddle.no_grad()
     def generate(
@@ -145,7 +147,7 @@ class _Generation:
             self.remembered[prompt] = hidden[step.wanted[row : row + 1]]
         parts = [hidden[step.wanted]] if len(step.wanted) else []
         parts += [self.remembered[int(prompt)] for prompt in step.remembered]
-        logits = self.kernels.logits(self.kernels.concat(parts))
+        logits = self._logits(self.kernels.concat(parts))
         if self.engine.group.divides_vocabulary:
             whole = self.engine.group.whole_logits(self.kernels.to_tensor(logits))
             logits = self.kernels.from_tensor(whole)
@@ -154,3 +156,11 @@ class _Generation:
         forbids_end = position + 1 < self.sampling.min_new_tokens
         draws = TokenDraws(step.sources, step.drawing, chances, forbids_end, self.seen)
         return self.kernels.sample(logits, draws, self.sampling)
+
+    def _logits(self, hidden: Any) -> Any:
+        """float32 [rows, columns here] from hidden states after the last layer, which are not normed yet."""
+        logits, engine, kernels = self.kernels.logits(hidden), self.engine, self.kernels
+        if engine.adjust_logits is None:
+            return logits
+        final = trunk(engine.model).norm(kernels.to_tensor(hidden))
+        return kernels.from_tensor(engine.adjust_logits(final, kernels.to_tensor(logits)))

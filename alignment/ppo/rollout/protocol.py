@@ -1,13 +1,17 @@
 """What every rollout engine takes and gives."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import paddle
 
 BROKEN = -1  # in place of a token: its logits were not finite
+
+# (final hidden states [n, H], logits float32 [n, columns that are here]) -> logits to sample from
+AdjustLogits = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,13 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
-    """Anything that answers prompts with the current policy."""
+    """Anything that answers prompts with the current policy.
+
+    Attributes: adjust_logits: makes another policy of it, which the answers and their log-probabilities are then of;
+        None (as at first) leaves it as it is. Called where the model's last stage is.
+    """
+
+    adjust_logits: AdjustLogits | None
 
     def generate(
         self, prompts: Sequence[np.ndarray], draws: Sequence[Draw], sampling: SamplingParameters
