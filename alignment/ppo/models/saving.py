@@ -16,6 +16,7 @@ from alignment.ppo.models.value import HEAD, ScoreModel
 from alignment.ppo.models.weights import huggingface_weights, write_weights
 from alignment.runtime.metrics import is_main_process
 
+ILQL_HEADS = "ilql_heads"  # sublayer of a policy (alignment.ppo.offline.ilql_model), saved by itself
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -40,6 +41,7 @@ def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dt
     skip = {TIED_HEAD} if config.tie_word_embeddings else set()
     if not score:
         skip.add(HEAD)  # of a critic that shares the policy's layers, which is saved by itself
+    skip |= {name for name in model.state_dict() if name.startswith(f"{ILQL_HEADS}.")}
     weights = huggingface_weights(model, skip, dtype)
     write_weights(weights, directory)
     if is_adapted(model):
