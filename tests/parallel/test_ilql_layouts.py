@@ -1,4 +1,4 @@
-"""ILQL learns the same in every layout: metrics, policy and heads of each checkpoint, answers of the shifted policy."""
+"""ILQL learns the same in every layout: metrics, checkpoints with their heads, answers of the shifted policy."""
 
 from __future__ import annotations
 
