@@ -223,7 +223,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def weights_of(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The model's tensors in a checkpoint, and its adapters' where it has some, each of one file or of several."""
-    patterns = ("model*.safetensors", "adapters/peft_model*.safetensors")
+    """The model's tensors in a checkpoint, and those of its adapters and of ILQL's heads where it has some."""
+    patterns = ("model*.safetensors", "adapters/peft_model*.safetensors", "ilql_heads.safetensors")
     files = [file for pattern in patterns for file in sorted(checkpoint.glob(pattern))]
     return {name: value for file in files for name, value in load_file(file).items()}

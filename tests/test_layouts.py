@@ -54,6 +54,17 @@ OFFLINE = [
     Launch("pp2", 2, 1, 4, PP2),
     Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
 ]
+ILQL = [
+    Launch("accumulate4", accumulation=4),
+    Launch("dp2", 2, 2, 2),
+    Launch("sharding2_stage1", 2, 2, 2, "--sharding stage1"),
+    Launch("sharding2_stage2", 2, 2, 2, "--sharding stage2"),
+    Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
+    Launch("tp2", 2, 1, 2, TP2),
+    Launch("tp2_sp_recompute", 2, 1, 1, f"{TP2} {SP} {RECOMPUTE}"),
+    Launch("pp2", 2, 1, 4, PP2),
+    Launch("tp2_pp2", 4, 1, 4, f"{TP2} {PP2}"),
+]
 TRUNK = [
     Launch("accumulate4", accumulation=4),
     Launch("sharding2_stage2", 2, 2, 2, "--sharding stage2"),
@@ -136,6 +147,12 @@ def test_logged_answers(trajectories, launch):
 
 
 @pytest.mark.layouts
+@pytest.mark.parametrize("launch", ILQL, ids=lambda launch: launch.name)
+def test_q_heads(trajectories, launch):
+    assert_same(trajectories, launch, "ilql")
+
+
+@pytest.mark.layouts
 @pytest.mark.parametrize("launch", TRUNK, ids=lambda launch: launch.name)
 def test_critic_on_the_policys_layers(trajectories, launch):
     assert_same(trajectories, launch, "trunk")
@@ -160,6 +177,8 @@ def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
         ("tp2", "pp2", "lora"),
         ("pp2", "tp2", "trunk"),
         ("dp2", "pp2", "offline"),
+        ("tp2_pp2", "dp2", "ilql"),
+        ("dp2", "tp2", "ilql"),
     ],
 )
 def test_resume_in_another_layout(project, trajectories, saved, resumed, scenarios):

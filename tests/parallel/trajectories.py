@@ -61,6 +61,13 @@ SHARED_TRUNK = {
     "score_scaling": "running",
     "normalize_reward": False,
 }
+ILQL = {
+    "policy_loss": "ilql",
+    "ilql_awac_beta": 0.5,
+    "ilql_alpha": 0.3,
+    "steps_for_target_q_sync": 2,
+    "ilql_decoding_beta": [2, 0],
+}
 VARIANTS = {  # name: (stage, arguments)
     "sft": ("sft", SUPERVISED),
     "sft_frozen": ("sft", SUPERVISED | {"num_layers_unfrozen": 1}),
@@ -83,6 +90,7 @@ VARIANTS = {  # name: (stage, arguments)
         LOGGED | {"policy_loss": "awr", "critic_training": "first", "critic_epochs": 0.5, "num_layers_unfrozen": 2},
     ),
     "offline_bc": ("offline", LOGGED | LORA | {"policy_loss": "bc", "eval_datasets": None, "eval_split_ratio": 0.2}),
+    "offline_ilql": ("offline", LOGGED | ILQL),
     "apa_trunk": ("ppo", ONLINE | SHARED_TRUNK | {"policy_loss": "apa", "apa_anchor": "old"}),
 }
 LEVELS = [" ".join(words) for n in range(len(OFFLOAD_LEVELS) + 1) for words in combinations(OFFLOAD_LEVELS, n)]
@@ -101,6 +109,7 @@ SETS = {
     "lora": ["sft_lora-llama_tied", "rm_lora-qwen2_untied", "ppo_lora-llama_tied", "apa_lora-qwen2_tied"],
     "rl": ["ppo-llama_tied"],
     "offline": ["offline_apa-llama_tied", "offline_awr-qwen2_untied", "offline_bc-llama_tied"],
+    "ilql": ["offline_ilql-llama_tied", "offline_ilql-qwen2_untied"],
     "trunk": ["ppo_trunk-llama_tied", "apa_trunk-qwen2_untied"],
     "supervised": ["sft-llama_tied"],
     "offload": [f"{variant}-llama_tied" for variant in OFFLOADED],

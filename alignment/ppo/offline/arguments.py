@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from alignment.ppo import arguments as online
 from alignment.runtime.argument_fields import argument
+from alignment.runtime.faults import UsageError
 from alignment.training.arguments import DataArguments, StageArguments
 
 ONLINE = {field.name: field for field in dataclasses.fields(online.TrainingArguments)}
@@ -27,9 +29,9 @@ class TrainingArguments(StageArguments):
     policy_loss: str = argument(
         "apa",
         "Objective: apa (squared advantage matching), awr (advantage-weighted regression), bc (behaviour cloning: "
-        "likelihood of all logged answers).",
+        "likelihood of all logged answers), ilql (implicit language Q-learning).",
         group="Objective",
-        choices=("apa", "awr", "bc"),
+        choices=("apa", "awr", "bc", "ilql"),
     )
     apa_lambda: float = as_online("apa_lambda")
     awr_beta: float = as_online("awr_beta")
@@ -37,6 +39,22 @@ class TrainingArguments(StageArguments):
     gamma: float = as_online("gamma")
     gae_lambda: float = as_online("gae_lambda")
     normalize_advantage: bool = argument(True, "Whiten advantages over all training answers.", group="Objective")
+
+    ilql_tau: float = argument(
+        0.6, "V's expectile of Q: 0.5 is the mean over the logged actions, near 1 the best.", group="ILQL", gt=0, lt=1
+    )
+    ilql_cql_scale: float = argument(0.1, "Weight of the term that keeps Q small elsewhere.", group="ILQL", ge=0)
+    ilql_awac_scale: float = argument(1.0, "Weight of the policy's own term.", group="ILQL", ge=0)
+    ilql_awac_beta: float = argument(
+        0.0, "The policy's term weighs an action by exp(beta (Q - V)); 0: behaviour cloning.", group="ILQL", ge=0
+    )
+    ilql_alpha: float = argument(0.005, "How far the target Q heads move towards Q.", group="ILQL", gt=0, le=1)
+    steps_for_target_q_sync: int = argument(1, "Optimizer steps between such moves.", group="ILQL", ge=1)
+    ilql_decoding_beta: list[float] = argument(
+        lambda: [1.0],
+        "Held-out prompts are answered by softmax(log pi + beta (Q - V)), once for each beta given here.",
+        group="ILQL",
+    )
 
     normalize_reward: bool = argument(
         True, "Subtract the mean of all training answers' scores, divide by their deviation.", group="Reward"
@@ -94,6 +112,19 @@ class TrainingArguments(StageArguments):
         values["eval_mode"] = values["eval_mode"] or None
         online.settle_lengths(values)
         online.validate_rewards(values, needed=False)
+        if values["policy_loss"] == "ilql":
+            _validate_ilql(values)
+
+
+def _validate_ilql(values: dict[str, Any]) -> None:
+    betas = values["ilql_decoding_beta"]
+    if not betas or len(set(betas)) < len(betas) or not all(0 <= beta < math.inf for beta in betas):
+        raise UsageError(f'"ilql_decoding_beta": {betas} must be one or more different finite numbers >= 0')
+    if values["eval_mode"] is not None:
+        raise UsageError(
+            f'"eval_mode": {json.dumps(values["eval_mode"])} does not go with "policy_loss": "ilql", whose heads stay '
+            "in the training layout; it must be null"
+        )
 
 
 @dataclass

@@ -15,10 +15,12 @@ from alignment.ppo.load import ACTOR, ModelLoader, Models
 from alignment.ppo.models.freezing import freeze
 from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.tokenizer import Tokenizer, load_tokenizer
+from alignment.ppo.offline.ilql_learner import IlqlLearner
+from alignment.ppo.offline.ilql_model import add_heads
 from alignment.ppo.offline.learner import AdvantageLearner, critic_steps
 from alignment.ppo.offline.logged import LoggedAnswers, LoggedDataset, Samples, read_answers
 from alignment.ppo.offline.measure import LoggedCollector
-from alignment.ppo.offline.trainer import PARTS, OfflineTrainer
+from alignment.ppo.offline.trainer import PARTS, OfflineLearner, OfflineTrainer
 from alignment.ppo.offload import Offload
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.trainer import critic_checkpoint
@@ -56,10 +58,13 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> OfflineTrainer:
     if needs_scores and not has_rewards:
         _check_scores(train, held_out)
     prompts = _held_out_prompts(eval_set, data_args, args, tokenizer) if eval_set and has_rewards else None
-    value = critic_checkpoint(policy) if policy and needs_scores and args.critic_training != "none" else None
+    needs_critic = args.policy_loss in ("apa", "awr")
+    value = critic_checkpoint(policy) if policy and needs_critic and args.critic_training != "none" else None
     offload = Offload(args.offload_level.split(), Path(args.output_dir), PhaseTimer())
-    loader = ModelLoader(model_args, data_args, args, tokenizer, text_rewards, offload, policy, value, needs_scores)
+    loader = ModelLoader(model_args, data_args, args, tokenizer, text_rewards, offload, policy, value, needs_critic)
     models = loader.load()
+    if args.policy_loss == "ilql":
+        load_named("resume_from_checkpoint", add_heads, models.actor, args.seed, policy)
     _check_lengths(models, args, train, held_out, prompts)
     learner = build_learner(args, models, offload, train, held_out, answers=prompts is not None)
     return OfflineTrainer(args, tokenizer, learner, prompts, sampling_of(args, models), policy)
@@ -72,7 +77,7 @@ def build_learner(
     train: LoggedAnswers,
     held_out: LoggedAnswers | None,
     answers: bool,
-) -> AdvantageLearner:
+) -> OfflineLearner:
     """Engines, their passes and what learns with them.
 
     Args: answers: whether the policy answers held-out prompts.
@@ -96,6 +101,8 @@ def build_learner(
     )
     for engine in filter(None, (critic, actor)):
         offload.add_trained(engine)
+    if args.policy_loss == "ilql":
+        return IlqlLearner(args, actor, collector, schedule, train, held_out)
     return AdvantageLearner(args, actor, critic, collector, schedule, train, held_out)
 
 

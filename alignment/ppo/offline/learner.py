@@ -22,6 +22,7 @@ from alignment.ppo.offline.objectives import (
     value_micro_batch,
 )
 from alignment.runtime.faults import UsageError
+from alignment.runtime.metrics import is_main_process
 from alignment.training.batches import BatchSchedule, idle_rounds
 from alignment.training.engine import TrainingEngine
 
@@ -55,6 +56,7 @@ class AdvantageLearner:
         self.estimator = None if args.policy_loss == "bc" else Estimator(args)
         self.targets, self.fit = no_targets(train.experience), {}
         self.answers = 0  # that the policy has learnt from
+        self.decodings = {"": None}
 
     # ---- before the first step --------------------------------------------------------------------------------------
 
@@ -181,7 +183,8 @@ class AdvantageLearner:
 
     def save_measured(self, directory: Path) -> None:
         """Write what was measured on the training answers, so that resuming asks no reward source again."""
-        self.train.save_measured(directory)
+        if is_main_process():
+            self.train.save_measured(directory)
 
 
 def critic_steps(args: Any, schedule: BatchSchedule) -> int:

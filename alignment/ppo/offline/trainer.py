@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from alignment.ppo.collect import Collector
 from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
 from alignment.ppo.models.saving import save_model
-from alignment.ppo.rollout.protocol import SamplingParameters
+from alignment.ppo.rollout.protocol import AdjustLogits, SamplingParameters
 from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import peak_memory_gb
 from alignment.training.batches import BatchSchedule
@@ -28,12 +28,14 @@ class OfflineLearner(Protocol):
     engines: by the sub-directory of output_dir that gets the model's checkpoints; "policy" is the last.
     collector: answers held-out prompts by what was learnt, and has the reward sources score them.
     schedule: which answers a step takes. critic_steps: steps before the first of the policy.
+    decodings: the policies that answer held-out prompts, by what is put into their metrics' names ("" for the first).
     """
 
     engines: dict[str, TrainingEngine]
     collector: Collector
     schedule: BatchSchedule
     critic_steps: int
+    decodings: dict[str, AdjustLogits | None]
 
     def prepare(self, checkpoint: Path | None = None) -> None:
         """Called once before the first step, after ``load_state_dict`` where ``checkpoint`` is resumed."""
@@ -51,7 +53,7 @@ class OfflineLearner(Protocol):
         """Takes back what ``state_dict`` gave."""
 
     def save_measured(self, directory: Path) -> None:
-        """Write what else a resumed run needs into the policy's checkpoint; called on the first process."""
+        """Write what else a resumed run needs into the policy's checkpoint; every process calls it."""
 
 
 class OfflineTrainer:
@@ -115,13 +117,21 @@ class OfflineTrainer:
         """Metrics on held-out answers and, where the policy may be another than last time, of its own answers."""
         metrics = self.learner.evaluate(number)
         if self.eval_prompts is not None and (number == 0 or number > self.learner.critic_steps):
-            how = (self.args.seed, EVALUATION, self.sampling)
-            described, rows = describe_answers(
-                self.learner.collector.evaluate(self.eval_prompts, *how), self.eval_prompts
-            )
-            record_samples(self.output_dir, number, rows)
-            metrics |= described
+            for name in self.learner.decodings:
+                metrics |= self._answer_prompts(number, name)
         self.timer.pop()
+        return metrics
+
+    def _answer_prompts(self, number: int, decoding: str) -> dict[str, float]:
+        """Metrics, and rows of samples.jsonl, of the answers of one of ``learner.decodings``."""
+        collector = self.learner.collector
+        collector.sampler.engine.adjust_logits = self.learner.decodings[decoding]
+        collected = collector.evaluate(self.eval_prompts, self.args.seed, EVALUATION, self.sampling)
+        metrics, rows = describe_answers(collected, self.eval_prompts)
+        if decoding:
+            metrics = {name.replace("eval/", f"eval/{decoding}/", 1): value for name, value in metrics.items()}
+            rows = [{**row, "decoding": decoding} for row in rows]
+        record_samples(self.output_dir, number, rows)
         return metrics
 
     def save(self, number: int) -> None:
@@ -131,8 +141,8 @@ class OfflineTrainer:
             def save_weights(directory: Path, part: str = part, engine: TrainingEngine = engine) -> None:
                 with engine.shards.whole_model():
                     save_model(engine.model, self.tokenizer, directory)
-                if part == "policy" and is_main_process():
-                    self.learner.save_measured(directory)
+                    if part == "policy":
+                        self.learner.save_measured(directory)
 
             save_checkpoint(self.output_dir / part, number, save_weights, engine, self.learner.state_dict())
         for part in self.learner.engines:

@@ -24,8 +24,12 @@ from alignment.ppo.models.policy import hidden_states
 from alignment.ppo.offline.ilql_learner import IlqlLearner
 from alignment.ppo.offline.ilql_losses import ActionValues, ilql_loss
 from alignment.ppo.offline.ilql_model import action_values, add_heads, advantage_shift
+from alignment.ppo.offline.logged import LoggedAnswers
+from alignment.ppo.offline.measure import LoggedCollector
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.protocol import Draw, SamplingParameters
+from alignment.runtime.timing import PhaseTimer
+from alignment.training.batches import BatchSchedule
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from tests.ppo.offline.ilql_models import write_policy
 
@@ -134,11 +138,16 @@ def train_model(directory, tau: float, steps: int, cql_scale: float) -> paddle.n
     settings = OptimizerSettings(4e-3, 0.0, 0.9, 0.999, 1e-8, 1.0, "cosine", 0.0, 20)
     args = SimpleNamespace(
         ilql_tau=tau, gamma=GAMMA, ilql_cql_scale=cql_scale, ilql_awac_scale=1.0, ilql_awac_beta=0.0, ilql_alpha=0.1,
-        steps_for_target_q_sync=1, per_device_train_batch_size=64, per_device_eval_batch_size=64,
+        steps_for_target_q_sync=1, ilql_decoding_beta=[1.0], normalize_reward=False, clip_range_score=5.0,
+        per_device_train_batch_size=64,
     )  # fmt: skip
-    learner, experience = IlqlLearner(args, TrainingEngine(policy, settings, steps, "actor")), logged()
+    experience, actor = logged(), TrainingEngine(policy, settings, steps, "actor")
+    answers = LoggedAnswers(None, [(0, "answer")] * len(ROWS), experience.scores.copy(), experience)
+    collector = LoggedCollector(None, actor.pipeline, None, None, None, None, 64, PhaseTimer())
+    learner = IlqlLearner(args, actor, collector, BatchSchedule(len(ROWS), len(ROWS), 0), answers, None)
+    learner.prepare()
     for step in range(1, steps + 1):
-        learner.update(experience, np.arange(len(ROWS)), step)
+        learner.step(step)
     return policy
 
 
