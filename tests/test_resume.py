@@ -8,6 +8,7 @@ import pytest
 from tests.stages import read_rows, run, weights_of, write_project, write_reward_model
 
 UNLIKE = ("timing_s/", "perf/")
+ILQL = ("--policy_loss", "ilql", "--steps_for_target_q_sync", 2, "--ilql_decoding_beta", "[1, 3]")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def rows_of(folder):
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(
     ("stage", "parts"),
-    [("sft", [""]), ("rm", [""]), ("ppo", ["policy", "value"]), ("offline", ["policy", "value"])],
+    [("sft", [""]), ("rm", [""]), ("ppo", ["policy", "value"]), ("offline", ["policy", "value"]), ("ilql", ["policy"])],
 )
 def test_resume(project, stage, parts, lora):
     whole, resumed = project / f"{stage}_whole_{lora}", project / f"{stage}_resumed_{lora}"
@@ -40,7 +41,9 @@ def test_resume(project, stage, parts, lora):
     more = ("--kl_controller", "adaptive", "--kl_target", 0.01, "--kl_horizon", 50) if stage == "ppo" else ()
     more += ("--judge_model_name_or_path", "judge") if stage == "ppo" else ()
     more += ("--lora", "true", "--lora_rank", 4) if lora else ()
-    if stage == "offline":
+    if stage == "ilql":
+        stage, more = "offline", (*more, *ILQL)
+    elif stage == "offline":
         more += ("--critic_training", "first", "--critic_epochs", 0.3) if critic_first else ("--critic_refresh", 3)
     train(project, stage, "--output_dir", whole.name, *steps, *more)
     train(project, stage, "--output_dir", resumed.name, *steps, *more)
