@@ -31,7 +31,13 @@ def rows_of(folder):
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(
     ("stage", "parts"),
-    [("sft", [""]), ("rm", [""]), ("ppo", ["policy", "value"]), ("offline", ["policy", "value"]), ("ilql", ["policy"])],
+    [
+        ("sft", [""]),
+        ("rm", [""]),
+        ("ppo", ["policy", "value"]),
+        ("offline", ["policy", "value"]),
+        ("ilql", ["policy"]),
+    ],
 )
 def test_resume(project, stage, parts, lora):
     whole, resumed = project / f"{stage}_whole_{lora}", project / f"{stage}_resumed_{lora}"
