@@ -34,13 +34,16 @@ class Head(nn.Layer):
             parameter.is_distributed, parameter.split_axis = is_split, axis
 
     def forward(self, states: paddle.Tensor) -> paddle.Tensor:
-        """[n, H] -> [n, columns]."""
-        inner = F.relu(self.inner(states))
-        return self.outer(copy_to_tensor_group(inner) if self.is_split else inner)
+        """[n, H] -> [n, columns], also within mixed precision in float32."""
+        with paddle.amp.auto_cast(enable=False):
+            inner = F.relu(self.inner(states))
+            return self.outer(copy_to_tensor_group(inner) if self.is_split else inner)
 
     def of_tokens(self, states: paddle.Tensor, tokens: paddle.Tensor) -> paddle.Tensor:
         """The columns ``tokens`` (int64 [n], of the whole vocabulary) alone: [n], without computing the others."""
-        inner, weight, bias = F.relu(self.inner(states)), self.outer.weight, self.outer.bias
+        with paddle.amp.auto_cast(enable=False):
+            inner = F.relu(self.inner(states))
+        weight, bias = self.outer.weight, self.outer.bias
         columns, mine = own_columns(tokens, weight.shape[1]) if self.is_split else (tokens, None)
         weights = paddle.gather(weight, columns, axis=1).transpose([1, 0])
         chosen = sum_last_axis(inner * weights) + paddle.gather(bias, columns)
