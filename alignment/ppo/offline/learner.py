@@ -54,7 +54,7 @@ class AdvantageLearner:
         self.engines = {"policy": actor} if critic is None else {"value": critic, "policy": actor}
         self.critic_steps = critic_steps(args, schedule)
         self.estimator = None if args.policy_loss == "bc" else Estimator(args)
-        self.targets, self.fit = no_targets(train.experience), {}
+        self.targets, self.critic_fit = no_targets(train.experience), {}
         self.answers = 0  # that the policy has learnt from
         self.decodings = {"": None}
 
@@ -75,7 +75,7 @@ class AdvantageLearner:
             self.estimator.fit_scores(self.train.experience.scores)
             if checkpoint is None and self.critic_steps == 0:
                 self.collector.measure_values(self.train.experience)
-            self.targets, self.fit = self.estimator.fit(self.train.experience)
+            self.targets, self.critic_fit = self.estimator.fit(self.train.experience)
 
     def _measure(self, logged: LoggedAnswers) -> None:
         if self.estimator is not None:
@@ -91,7 +91,7 @@ class AdvantageLearner:
             return self._improve_critic(self.schedule(number - 1)) | self._describe_scores()
         if self._is_refresh_due(done):
             self.collector.measure_values(self.train.experience)
-            self.targets, self.fit = self.estimator.fit(self.train.experience)
+            self.targets, self.critic_fit = self.estimator.fit(self.train.experience)
         rows = self.schedule(done)
         metrics = self._improve_policy(rows) | self._describe_scores() | self._describe_advantages()
         return metrics | self._improve_critic(rows) if self._learn_together else metrics
@@ -146,7 +146,7 @@ class AdvantageLearner:
             return {}
         return {
             "logged/advantage_std": losses.mean_variance(self.estimator.advantages)[1] ** 0.5,
-            "critic/vf_explained_var": self.fit["vf_explained_var"],
+            "critic/vf_explained_var": self.critic_fit["vf_explained_var"],
         }
 
     # ---- evaluation and checkpoints ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from alignment.ppo.collect import Collector
 from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.rollout.protocol import AdjustLogits, SamplingParameters
+from alignment.runtime.console import say
 from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import peak_memory_gb
 from alignment.training.batches import BatchSchedule
@@ -88,6 +89,7 @@ class OfflineTrainer:
         if self.learner.collector.rewards is not None:
             self.learner.collector.rewards.check()
         start = self._resume()
+        say("measuring the logged answers")  # minutes, for many of them
         with self.timer("score"):
             self.learner.prepare(self.checkpoint)
         return run_loop(
