@@ -297,3 +297,19 @@ def test_command(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "report.html"))
     failed = subprocess.run([*command, str(tmp_path / "absent")], capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr == f"error: {tmp_path / 'absent'}: no such directory\n"
+
+
+def test_logged_answers(tmp_path):
+    """A run on logged answers is told from an online one, with and without answers of its own."""
+    rows = [
+        {"step": 0, "eval/loss": 3.0, "eval/reward_mean": 0.1, "eval/reward_sem": 0.05, "eval/kl_mean": 0.0},
+        {"step": 1, "loss/value_avg": 0.9, "logged/score_mean": 0.4},
+        {"step": 2, "loss/policy_avg": 2.5, "logged/answers": 8, "logged/score_mean": 0.4, "lr": 1e-4},
+        {"step": 2, "eval/loss": 2.0, "eval/reward_mean": 0.3, "eval/reward_sem": 0.05, "eval/kl_mean": 0.7},
+    ]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    (stage,) = read_stages(tmp_path)
+    assert stage.kind == "offline" and stage.title.startswith("Logged answers")
+    assert {picture.key for picture in draw_stage(stage)} == {"reward", "kl", "policy_loss", "value_loss", "lr"}
+    changes = {row["label"]: row["change"] for row in headline(stage)}
+    assert changes["Held-out reward"] == "+0.2" and changes["Loss on held-out logged answers"] == "-1"
