@@ -12,6 +12,7 @@ from alignment.runtime.faults import UsageError
 from alignment.training.arguments import SCHEDULES, DataArguments, StageArguments
 
 EVAL_MODES = ("single", "tensor_parallel")
+REWARDS = ("reward_model_name_or_path", "reward_function", "reward_server")
 OFFLOAD_LEVELS = ("freeze_model", "optimizer", "train_model")
 
 
@@ -185,7 +186,7 @@ class TrainingArguments(StageArguments):
         _validate_batches(values)
         validate_rewards(values)
         _settle_score_scaling(values)
-        _validate_judge(values)
+        validate_judge(values)
         _validate_rollout(values)
         if values["kl_controller"] == "adaptive" and values["kl_target"] is None:
             raise UsageError('"kl_controller": "adaptive" needs "kl_target"')
@@ -246,10 +247,9 @@ def _validate_rollout(values: dict[str, Any]) -> None:
 
 def validate_rewards(values: dict[str, Any], needed: bool = True) -> None:
     """Raises UsageError for weights that do not fit the reward sources, or if one is needed and there is none."""
-    names = ("reward_model_name_or_path", "reward_function", "reward_server")
-    sources = [name for name in names if values[name]]
+    sources = [name for name in REWARDS if values[name]]
     if needed and not sources:
-        raise UsageError(f"no reward: set one of {', '.join(names)}")
+        raise UsageError(f"no reward: set one of {', '.join(REWARDS)}")
     weights = values["reward_weights"]
     if weights is not None and len(weights) != len(sources):
         named = ", ".join(sources) or "no source"
@@ -275,7 +275,8 @@ def _validate_shared_trunk(values: dict[str, Any]) -> None:
         raise UsageError('"critic_shares_trunk": give it or "lora", which shares the weights of all models, not both')
 
 
-def _validate_judge(values: dict[str, Any]) -> None:
+def validate_judge(values: dict[str, Any]) -> None:
+    """Raises UsageError for a judge without prompts to judge by, or one that answers are learnt from."""
     judge = values["judge_model_name_or_path"]
     if judge and not (values["eval_datasets"] or values["eval_split_ratio"]):
         raise UsageError('"judge_model_name_or_path" needs "eval_datasets" or "eval_split_ratio": prompts to judge by')

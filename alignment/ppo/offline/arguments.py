@@ -112,6 +112,11 @@ class TrainingArguments(StageArguments):
         values["eval_mode"] = values["eval_mode"] or None
         online.settle_lengths(values)
         online.validate_rewards(values, needed=False)
+        online.validate_judge(values)
+        if values["judge_model_name_or_path"] and not any(values[name] for name in online.REWARDS):
+            raise UsageError(
+                f'"judge_model_name_or_path" judges answers that a reward scores: set one of {", ".join(online.REWARDS)}'
+            )
         if values["policy_loss"] == "ilql":
             _validate_ilql(values)
 

@@ -11,6 +11,7 @@ import numpy as np
 from alignment.parallel.pipeline import Pipeline
 from alignment.parallel.topology import topology
 from alignment.ppo.build import load_text_rewards, sampling_of
+from alignment.ppo.judge import WinRate
 from alignment.ppo.load import ACTOR, ModelLoader, Models
 from alignment.ppo.models.freezing import freeze
 from alignment.ppo.models.policy import passes_of
@@ -67,7 +68,8 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> OfflineTrainer:
         load_named("resume_from_checkpoint", add_heads, models.actor, args.seed, policy)
     _check_lengths(models, args, train, held_out, prompts)
     learner = build_learner(args, models, offload, train, held_out, answers=prompts is not None)
-    return OfflineTrainer(args, tokenizer, learner, prompts, sampling_of(args, models), policy)
+    win_rate = WinRate(models.judge_name) if models.judge and prompts else None
+    return OfflineTrainer(args, tokenizer, learner, prompts, sampling_of(args, models), win_rate, policy)
 
 
 def build_learner(
@@ -98,6 +100,7 @@ def build_learner(
         tokenizer=models.tokenizer,
         batch_size=args.per_device_eval_batch_size,
         timer=offload.timer,
+        judge=models.judge,
     )
     for engine in filter(None, (critic, actor)):
         offload.add_trained(engine)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from alignment.ppo.collect import Collector
 from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
+from alignment.ppo.judge import WinRate
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.rollout.protocol import AdjustLogits, SamplingParameters
 from alignment.runtime.console import say
@@ -66,6 +67,7 @@ class OfflineTrainer:
         learner: see OfflineLearner.
         eval_prompts: items of a PromptOnlyDataset that the policy answers when it is evaluated, or None.
         sampling: how it answers them.
+        win_rate: measures what a judge says of them, or None.
         checkpoint: ``policy/checkpoint-N`` to resume from, or None.
     """
 
@@ -76,10 +78,11 @@ class OfflineTrainer:
         learner: OfflineLearner,
         eval_prompts: Sequence[dict] | None,
         sampling: SamplingParameters,
+        win_rate: WinRate | None = None,
         checkpoint: Path | None = None,
     ) -> None:
         self.args, self.tokenizer, self.learner, self.checkpoint = args, tokenizer, learner, checkpoint
-        self.eval_prompts, self.sampling = eval_prompts, sampling
+        self.eval_prompts, self.sampling, self.win_rate = eval_prompts, sampling, win_rate
         self.output_dir, self.timer = Path(args.output_dir), learner.collector.timer
         self.steps_per_epoch = learner.schedule.steps_per_epoch
         self.total_steps = learner.critic_steps + total_steps(args, self.steps_per_epoch)
@@ -119,17 +122,18 @@ class OfflineTrainer:
         """Metrics on held-out answers and, where the policy may be another than last time, of its own answers."""
         metrics = self.learner.evaluate(number)
         if self.eval_prompts is not None and (number == 0 or number > self.learner.critic_steps):
-            for name in self.learner.decodings:
-                metrics |= self._answer_prompts(number, name)
+            plain = {} if number else {"": None}  # the initial policy as it is: what the judge compares with
+            for name, adjust in (plain | self.learner.decodings).items():
+                metrics |= self._answer_prompts(number, name, adjust)
         self.timer.pop()
         return metrics
 
-    def _answer_prompts(self, number: int, decoding: str) -> dict[str, float]:
+    def _answer_prompts(self, number: int, decoding: str, adjust: AdjustLogits | None) -> dict[str, float]:
         """Metrics, and rows of samples.jsonl, of the answers of one of ``learner.decodings``."""
         collector = self.learner.collector
-        collector.sampler.engine.adjust_logits = self.learner.decodings[decoding]
+        collector.sampler.engine.adjust_logits = adjust
         collected = collector.evaluate(self.eval_prompts, self.args.seed, EVALUATION, self.sampling)
-        metrics, rows = describe_answers(collected, self.eval_prompts)
+        metrics, rows = describe_answers(collected, self.eval_prompts, self.win_rate)
         if decoding:
             metrics = {name.replace("eval/", f"eval/{decoding}/", 1): value for name, value in metrics.items()}
             rows = [{**row, "decoding": decoding} for row in rows]
@@ -138,6 +142,7 @@ class OfflineTrainer:
 
     def save(self, number: int) -> None:
         """Write a checkpoint-N of every model, the policy's last: where it is there, so are the others."""
+        state = self.learner.state_dict() | {"win_rate": self.win_rate and self.win_rate.state_dict()}
         for part, engine in self.learner.engines.items():
 
             def save_weights(directory: Path, part: str = part, engine: TrainingEngine = engine) -> None:
@@ -146,7 +151,7 @@ class OfflineTrainer:
                     if part == "policy":
                         self.learner.save_measured(directory)
 
-            save_checkpoint(self.output_dir / part, number, save_weights, engine, self.learner.state_dict())
+            save_checkpoint(self.output_dir / part, number, save_weights, engine, state)
         for part in self.learner.engines:
             drop_old_checkpoints(self.output_dir / part, self.args.save_total_limit)
 
@@ -157,6 +162,9 @@ class OfflineTrainer:
         for part, engine in self.learner.engines.items():
             state = load_training_state(self.checkpoint.parent.parent / part / self.checkpoint.name, engine)
         self.learner.load_state_dict(state)
+        if self.win_rate is not None:
+            prompt_ids = [int(item["prompt_id"]) for item in self.eval_prompts]
+            self.win_rate.load_state_dict(state.get("win_rate"), prompt_ids, self.checkpoint)
         if is_main_process():
             keep_steps(self.output_dir / SAMPLES_FILE, state["step"])
         return state["step"]
