@@ -115,7 +115,8 @@ class TrainingArguments(StageArguments):
         online.validate_judge(values)
         if values["judge_model_name_or_path"] and not any(values[name] for name in online.REWARDS):
             raise UsageError(
-                f'"judge_model_name_or_path" judges answers that a reward scores: set one of {", ".join(online.REWARDS)}'
+                '"judge_model_name_or_path" judges answers that a reward scores: set one of '
+                f"{', '.join(online.REWARDS)}"
             )
         if values["policy_loss"] == "ilql":
             _validate_ilql(values)
