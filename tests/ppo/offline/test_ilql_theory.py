@@ -132,10 +132,10 @@ def logged() -> Experience:
 
 
 def train_model(directory, tau: float, steps: int, cql_scale: float) -> paddle.nn.Layer:
-    write_policy(directory, num_hidden_layers=2)
+    write_policy(directory, num_hidden_layers=1)
     policy = load_policy(directory)
     add_heads(policy, 0)
-    settings = OptimizerSettings(4e-3, 0.0, 0.9, 0.999, 1e-8, 1.0, "cosine", 0.0, 20)
+    settings = OptimizerSettings(6e-3, 0.0, 0.9, 0.999, 1e-8, 1.0, "cosine", 0.0, 20)
     args = SimpleNamespace(
         ilql_tau=tau, gamma=GAMMA, ilql_cql_scale=cql_scale, ilql_awac_scale=1.0, ilql_awac_beta=0.0, ilql_alpha=0.1,
         steps_for_target_q_sync=1, ilql_decoding_beta=[1.0], normalize_reward=False, clip_range_score=5.0,
@@ -154,12 +154,12 @@ def train_model(directory, tau: float, steps: int, cql_scale: float) -> paddle.n
 @pytest.fixture(scope="module", params=[0.5, 0.95])
 def learnt(request, tmp_path_factory):
     """(tau, a trained model); a little CQL keeps the tokens that nobody logged small."""
-    return request.param, train_model(tmp_path_factory.mktemp("model"), request.param, 500, 0.003)
+    return request.param, train_model(tmp_path_factory.mktemp("model"), request.param, 700, 0.003)
 
 
 @pytest.mark.slow
 def test_a_model_learns_the_known_values(learnt):
-    """Within 0.1 at every action."""
+    """Within 0.02 at every action, where scores are from -2 to 2."""
     tau, policy = learnt
     packed, mask = pack_experience(logged())
     with paddle.no_grad():
@@ -168,7 +168,7 @@ def test_a_model_learns_the_known_values(learnt):
     expected_v = np.array([[values[tuple(row[:t])] for t in range(LENGTH)] for row in ROWS.tolist()])
     expected_q = np.array([[q[tuple(row[:t])][row[t]] for t in range(LENGTH)] for row in ROWS.tolist()])
     for name, expected in (("q_1", expected_q), ("q_2", expected_q), ("target_q", expected_q), ("values", expected_v)):
-        np.testing.assert_allclose(getattr(found, name).numpy(), expected, atol=0.1, err_msg=name)
+        np.testing.assert_allclose(getattr(found, name).numpy(), expected, atol=0.02, err_msg=name)
 
 
 @pytest.mark.slow
