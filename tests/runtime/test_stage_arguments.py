@@ -85,14 +85,14 @@ def test_every_config_file_resolves_and_every_key_in_it_counts(path, capsys):
 
 def test_each_model_has_every_stage():
     stages = {f"{stage}_argument" for stage in ("sft", "rm", "ppo", "apa", "awr")}
-    more = {"rm_lora_argument", "ppo_lora_argument", *(f"offline_{name}_argument" for name in ("apa", "awr", "bc"))}
+    offline = {f"offline_{objective}_argument" for objective in ("apa", "awr", "bc", "ilql")}
     parallel = {f"{stage}_3d_argument" for stage in ("ppo", "apa", "awr")}
     sizes = {f"{stage}_{size}_argument" for stage in ("ppo", "apa", "awr") for size in ("125m", "1b", "6b", "20b")}
     assert {path.parent.name: {p.stem for p in CONFIGS if p.parent == path.parent} for path in CONFIGS} == {
         "hh": sizes | {"sft_argument", "rm_argument"},
         "llama": stages | parallel,
         "qwen": stages | parallel,
-        "smollm2": stages | more,
+        "smollm2": stages | offline | {"rm_lora_argument", "ppo_lora_argument"},
         "tldr": stages,
     }
 
