@@ -52,8 +52,8 @@ class Models:
     critic: paddle.nn.Layer | None
     rewards: WeightedRewards | None
     tokenizer: Tokenizer
-    judge: WeightedRewards | None
-    judge_name: str | None
+    judge: WeightedRewards | None = None
+    judge_name: str | None = None
 
 
 @dataclass(frozen=True)
