@@ -29,7 +29,7 @@ def test_a_valid_run_stays_valid(rows, accumulation, answers, times, layers, sha
         rollout_token_budget=rows * accumulation * times * answers * sharding,
         rollout_batch_size=9,
         total_episodes=1000,
-        max_length=times,
+        max_length=times + 1,
     )
     small = scale_down(run, Layout(sharding=sharding), own_tokenizer=True)
     again = resolved(**{key: value for key, value in small.items() if key in SCALED and value is not None})
