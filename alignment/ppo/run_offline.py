@@ -12,14 +12,13 @@ if __name__ == "__main__":  # run by path: `import alignment` and `import data` 
 from alignment.ppo.offline.arguments import GROUPS
 from alignment.ppo.offline.build import build_trainer
 from alignment.ppo.offline.trainer import PARTS
-from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
-from alignment.training.stage import run_stage
+from alignment.training.command import run_command
 
 
 def main() -> None:
     """Run the stage that the command line describes."""
-    run_stage("offline", parse(sys.argv[1:], GROUPS, "run_offline.py"), build_trainer, PARTS)
+    run_command("offline", sys.argv[1:], GROUPS, build_trainer, PARTS)
 
 
 if __name__ == "__main__":
