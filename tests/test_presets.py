@@ -66,7 +66,7 @@ def test_passes_a_dry_run(path, monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr()
     assert shown.out.endswith("dry run: passed\n") and shown.err == ""
     planned = " needs " in shown.out
-    assert planned or "memory is not planned: the plan knows sft, rm, ppo, not offline" in shown.out
+    assert planned or "memory is not planned: the plan knows ppo, rm, sft, not offline" in shown.out
     assert output.exists() == existed and not list(tmp_path.iterdir())
 
 
