@@ -52,14 +52,14 @@ class ValueStats(NamedTuple):
 # ---- masked sums ----------------------------------------------------------------------------------------------------
 
 
-def _keep(x: Tensor, mask: Tensor) -> Tensor:
+def keep(x: Tensor, mask: Tensor) -> Tensor:
     """x with masked positions set to 0 by selection: a product would turn NaN or infinite padding into NaN."""
     return paddle.where(mask, x, paddle.zeros_like(x))
 
 
 def masked_sum(x: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
     """Sum of x over the True positions of mask (same shape), over all axes or over one."""
-    return _keep(x, mask).sum(axis=axis)
+    return keep(x, mask).sum(axis=axis)
 
 
 def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
@@ -74,7 +74,8 @@ def _divide(total: Tensor, denominator: float | Tensor) -> Tensor:
     return total / paddle.where(denominator == 0, paddle.ones_like(denominator), denominator)
 
 
-def _sum_stat(x: Tensor, mask: Tensor) -> Tensor:
+def sum_stat(x: Tensor, mask: Tensor) -> Tensor:
+    """float64 sum of x over the True positions of mask, without gradient: a field of a stats tuple."""
     return masked_sum(x.detach().astype("float64"), mask)
 
 
@@ -104,7 +105,7 @@ def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
     a larger set that x is part of, say all ranks; default: those of x itself.
     """
     mean, variance = mean_variance(masked_moments(x, mask) if moments is None else moments)
-    return _keep((x - mean) / math.sqrt(variance + VARIANCE_EPSILON), mask)
+    return keep((x - mean) / math.sqrt(variance + VARIANCE_EPSILON), mask)
 
 
 def explained_variance(return_moments: Tensor, error_moments: Tensor) -> float:
@@ -155,7 +156,7 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kind: st
         k3  exp(r) - 1 - r   unbiased, never negative; not clamped, so r = 12 gives 1.6e5
     The sign of r matters: with -r, k3 estimates chi-square minus KL. Raises ValueError for another kind.
     """
-    r = _keep(ref_log_probs, mask) - _keep(log_probs, mask)
+    r = keep(ref_log_probs, mask) - keep(log_probs, mask)
     if kind == "k1":
         return -r
     if kind == "k2":
@@ -181,8 +182,8 @@ def token_rewards(
         scores = scores.clip(-clip_range_score, clip_range_score)
     position = mask.astype("int64").cumsum(axis=1)
     last = mask & (position == position[:, -1:])
-    rewards = _keep(-kl_coeff * kl, mask)
-    return rewards + _keep(scores.astype(rewards.dtype).unsqueeze(1).expand_as(rewards), last)
+    rewards = keep(-kl_coeff * kl, mask)
+    return rewards + keep(scores.astype(rewards.dtype).unsqueeze(1).expand_as(rewards), last)
 
 
 def gae(
@@ -225,12 +226,12 @@ def _policy_stats(log_ratio: Tensor, mask: Tensor, clipped: Tensor | None, weigh
         ratio, zero = log_ratio.exp(), paddle.zeros([], dtype="float64")
         return PolicyStats(
             tokens=mask.sum().astype("float64"),
-            approxkl=_sum_stat(0.5 * log_ratio * log_ratio, mask),
-            clipped=zero if clipped is None else _sum_stat(clipped, mask),
-            ratio=_sum_stat(ratio, mask),
-            ratio_sq=_sum_stat(ratio * ratio, mask),
-            weight=zero if weight is None else _sum_stat(weight, mask),
-            weight_sq=zero if weight is None else _sum_stat(weight.astype("float64") ** 2, mask),
+            approxkl=sum_stat(0.5 * log_ratio * log_ratio, mask),
+            clipped=zero if clipped is None else sum_stat(clipped, mask),
+            ratio=sum_stat(ratio, mask),
+            ratio_sq=sum_stat(ratio * ratio, mask),
+            weight=zero if weight is None else sum_stat(weight, mask),
+            weight_sq=zero if weight is None else sum_stat(weight.astype("float64") ** 2, mask),
         )
 
 
@@ -243,8 +244,8 @@ def ppo_loss(
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped surrogate (arXiv:1707.06347, eq. 7): mean of max(-A ratio, -A clip(ratio, 1 - c, 1 + c))."""
-    log_ratio = _keep(log_probs, mask) - _keep(old_log_probs, mask)
-    advantages, ratio = _keep(advantages, mask), log_ratio.exp()
+    log_ratio = keep(log_probs, mask) - keep(old_log_probs, mask)
+    advantages, ratio = keep(advantages, mask), log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clip(1 - clip_range_ratio, 1 + clip_range_ratio)
     loss = masked_mean(paddle.maximum(unclipped, clipped), mask, denominator)
@@ -265,8 +266,8 @@ def apa_loss(
     The anchor is the policy to stay near: the initial one in the paper. lambda = 1 / adv_coeff_sq of the authors'
     code; their advantages are whitened. ``old_log_probs`` only feeds the stats.
     """
-    log_probs, old_log_probs = _keep(log_probs, mask), _keep(old_log_probs, mask)
-    target = _keep(anchor_log_probs, mask) + _keep(advantages, mask) / apa_lambda
+    log_probs, old_log_probs = keep(log_probs, mask), keep(old_log_probs, mask)
+    target = keep(anchor_log_probs, mask) + keep(advantages, mask) / apa_lambda
     loss = masked_mean((log_probs - target) ** 2, mask, denominator)
     return loss, _policy_stats(log_probs - old_log_probs, mask, None, None)
 
@@ -285,8 +286,8 @@ def awr_loss(
     The weight exp(A / beta) is cut at ``weight_clip`` and, always, at exp(30), so that neither the loss nor its
     gradient's norm overflows float32; stats.clipped counts the tokens cut. ``old_log_probs`` only feeds the stats.
     """
-    log_probs, old_log_probs = _keep(log_probs, mask), _keep(old_log_probs, mask)
-    exponent = _keep(advantages, mask) / awr_beta
+    log_probs, old_log_probs = keep(log_probs, mask), keep(old_log_probs, mask)
+    exponent = keep(advantages, mask) / awr_beta
     ceiling = LARGEST_EXPONENT if weight_clip is None else min(math.log(weight_clip), LARGEST_EXPONENT)
     weight = exponent.clip(max=ceiling).exp().detach()
     loss = masked_mean(-weight * log_probs, mask, denominator)
@@ -302,9 +303,9 @@ def value_loss(
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, ValueStats]:
     """Clipped value loss: mean of 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2); all [B, T]."""
-    values, old_values, returns = (_keep(x, mask) for x in (values, old_values, returns))
+    values, old_values, returns = (keep(x, mask) for x in (values, old_values, returns))
     moved = (values - old_values).clip(-clip_range_value, clip_range_value)
     near = paddle.where(moved == values - old_values, values, old_values + moved)  # exactly: rounding is no clipping
     unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
     loss = 0.5 * masked_mean(paddle.maximum(unclipped, clipped), mask, denominator)
-    return loss, ValueStats(mask.sum().astype("float64"), _sum_stat(clipped > unclipped, mask))
+    return loss, ValueStats(mask.sum().astype("float64"), sum_stat(clipped > unclipped, mask))

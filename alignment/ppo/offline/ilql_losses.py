@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from alignment.ppo.losses import LARGEST_EXPONENT, masked_mean, masked_sum
+from alignment.ppo.losses import LARGEST_EXPONENT, keep, masked_mean, sum_stat
 
 
 class ActionValues(NamedTuple):
@@ -74,7 +74,7 @@ def expectile_terms(values: Tensor, target_q: Tensor, tau: float) -> Tensor:
 
 
 def awac_weights(target_q: Tensor, values: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """exp(beta (Q_target - V)), cut at exp(60) as in ``awr_loss``, and bool where it was cut; no gradient."""
+    """exp(beta (Q_target - V)), cut at exp(30) as in ``awr_loss``, and bool where it was cut; no gradient."""
     exponent = beta * (target_q - values).detach()
     return exponent.clip(max=LARGEST_EXPONENT).exp(), exponent > LARGEST_EXPONENT
 
@@ -99,10 +99,10 @@ def ilql_loss(
 
     Args: rewards: [B, T], r of each action.
     """
-    actions = ActionValues(*(_keep(x, mask) for x in actions))
+    actions = ActionValues(*(keep(x, mask) for x in actions))
     log_probs, q_1, q_2, q_1_log_probs, q_2_log_probs, target_q, values = actions
     target_q = target_q.detach()
-    following, rewards = next_values(values, mask), _keep(rewards, mask)
+    following, rewards = next_values(values, mask), keep(rewards, mask)
     td = td_terms(q_1, rewards, following, gamma) + td_terms(q_2, rewards, following, gamma)
     expectile = expectile_terms(values, target_q, tau)
     cql = -q_1_log_probs - q_2_log_probs
@@ -111,12 +111,4 @@ def ilql_loss(
     loss = masked_mean(td + expectile + cql_scale * cql + awac_scale * awac, mask, denominator)
     wide = weight.astype("float64")
     sums = (td, expectile, cql, awac, (q_1 + q_2) / 2, target_q, values, wide, wide * wide, clipped)
-    return loss, IlqlStats(mask.sum().astype("float64"), *(_sum(x, mask) for x in sums))
-
-
-def _keep(x: Tensor, mask: Tensor) -> Tensor:
-    return paddle.where(mask, x, paddle.zeros_like(x))
-
-
-def _sum(x: Tensor, mask: Tensor) -> Tensor:
-    return masked_sum(x.detach().astype("float64"), mask)
+    return loss, IlqlStats(mask.sum().astype("float64"), *(sum_stat(x, mask) for x in sums))
