@@ -259,13 +259,12 @@ class TestChoice:
         ]
 
     def test_without_a_compiler_plain_operations_run_and_it_is_said(self, llama, capsys, monkeypatch):
-        monkeypatch.setenv("PATH", "")
-        monkeypatch.delenv("CXX", raising=False)
-        build.load_library.cache_clear()
-        try:
-            engine = build_engine(llama.model, 4, use_fusemt=True)
-        finally:
+        with monkeypatch.context() as without:
+            without.setenv("PATH", "")
+            without.delenv("CXX", raising=False)
             build.load_library.cache_clear()
+            engine = build_engine(llama.model, 4, use_fusemt=True)
+        build.load_library.cache_clear()
         assert "plain Paddle operations, for no C++ compiler ($CXX, g++ or clang++): slower" in capsys.readouterr().out
         prompts, draws = make_prompts()
         expected = EagerRolloutEngine(llama.model, 4).generate(prompts, draws, SAMPLING)
@@ -300,3 +299,13 @@ class TestChoice:
         engine = FusedRolloutEngine(llama.model, 4, partial(PaddleKernels, operations=operations))
         expected = native(llama.model, 4).generate(prompts, draws, SAMPLING)
         assert_same_answers(engine.generate(prompts, draws, SAMPLING), expected)
+
+    def test_off_the_cpu_the_line_names_what_is_used_and_what_not(self, llama, monkeypatch, capsys):
+        monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")  # the kernels are tried where the tensors are
+        build_engine(llama.model, 4, use_fusemt=True)
+        line = capsys.readouterr().out.strip()
+        assert line.startswith("rollout: Paddle's ") and "scaled_dot_product_attention; without " in line
+        assert "flash_attn_unpadded (" in line  # it has no CPU kernel
+        assert line.endswith(
+            "; by choice without block_multihead_attention, masked_multihead_attention, top_p_sampling, paddlenlp_ops"
+        )

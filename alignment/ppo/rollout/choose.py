@@ -11,7 +11,7 @@ from alignment.ppo.rollout.answers import Decode
 from alignment.ppo.rollout.eager import EagerRolloutEngine
 from alignment.ppo.rollout.fused import FusedRolloutEngine
 from alignment.ppo.rollout.native.kernels import NativeKernels
-from alignment.ppo.rollout.operations import Operations, find_operations
+from alignment.ppo.rollout.operations import LEFT_OUT, Operations, find_operations
 from alignment.ppo.rollout.plain import PaddleKernels
 from alignment.ppo.rollout.protocol import RolloutEngine
 from alignment.runtime.console import say
@@ -40,4 +40,5 @@ def _choose_kernels(dtype: str):
     description = f"Paddle's {', '.join(used) or 'plain operations'}"
     if missing:
         description += f"; without {', '.join(missing)}"
+    description += f"; by choice without {', '.join(LEFT_OUT)}"
     return partial(PaddleKernels, operations=operations), description
