@@ -7,6 +7,8 @@ from dataclasses import replace
 import paddle
 import pytest
 from paddlenlp.transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from paddlenlp.transformers.llama import modeling as llama
+from paddlenlp.transformers.qwen2 import modeling as qwen2
 
 from alignment.parallel.layout import Layout
 from alignment.parallel.plan import Sizes, plan
@@ -27,7 +29,11 @@ ROWS, LENGTH = 2, 128
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu():
+def on_the_cpu(monkeypatch):
+    """With PaddleNLP's own rotation, which loading a policy on a CPU replaces in the whole process."""
+    for module in (llama, qwen2):
+        own = getattr(module.apply_rotary_pos_emb, "__wrapped__", module.apply_rotary_pos_emb)
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", own)
     before = paddle.get_device()
     paddle.set_device("cpu")
     yield

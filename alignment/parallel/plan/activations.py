@@ -16,7 +16,8 @@ intermediate, a heads, s length, c bytes of an activation, and 4-byte float32 wh
     weights        at O1 every matrix is cast to 16 bits anew, and the cast kept
 
 Only norms (and rotary tables, left out: under 1%) are whole on every rank without sequence parallelism. The sums for
-float32 equal, to the rotary tables, what Paddle's allocator counts (tests/parallel/test_plan_measured.py).
+float32 equal, to the rotary tables, what Paddle's allocator counts (tests/parallel/test_plan_measured.py). On CPUs the
+kernels of alignment.native keep less: the plan is then an upper bound.
 """
 
 from __future__ import annotations
