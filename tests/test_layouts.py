@@ -47,31 +47,16 @@ LORA = [
     Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
 ]
 OFFLINE = [
-    Launch("accumulate4", accumulation=4),
     Launch("dp2", 2, 2, 2),
     Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
     Launch("tp2", 2, 1, 2, TP2),
     Launch("pp2", 2, 1, 4, PP2),
-    Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
 ]
-ILQL = [
-    Launch("accumulate4", accumulation=4),
-    Launch("dp2", 2, 2, 2),
-    Launch("sharding2_stage1", 2, 2, 2, "--sharding stage1"),
-    Launch("sharding2_stage2", 2, 2, 2, "--sharding stage2"),
-    Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
-    Launch("tp2", 2, 1, 2, TP2),
-    Launch("tp2_sp_recompute", 2, 1, 1, f"{TP2} {SP} {RECOMPUTE}"),
-    Launch("pp2", 2, 1, 4, PP2),
-    Launch("tp2_pp2", 4, 1, 4, f"{TP2} {PP2}"),
-]
+ILQL = [Launch("dp2", 2, 2, 2), Launch("tp2", 2, 1, 2, TP2), Launch("pp2", 2, 1, 4, PP2)]
 TRUNK = [
-    Launch("accumulate4", accumulation=4),
-    Launch("sharding2_stage2", 2, 2, 2, "--sharding stage2"),
     Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
     Launch("tp2_sp_recompute", 2, 1, 1, f"{TP2} {SP} {RECOMPUTE}"),
     Launch("pp2", 2, 1, 4, PP2),
-    Launch("tp2_pp2_single", 4, 1, 2, f"{TP2} {PP2} --eval_mode single"),
 ]
 FULL = [
     *FAST,
@@ -88,6 +73,7 @@ FULL = [
     Launch("tp2_pp2_sp", 4, 1, 4, f"{TP2} {PP2} {SP} {RECOMPUTE}"),
     Launch("tp2_single", 2, 1, 1, f"{TP2} --eval_mode single"),
 ]
+ILQL_FULL = [launch for launch in FULL if "eval_mode" not in launch.arguments]  # its heads stay where they are trained
 MISTAKES = [
     ("mean_gradients", Launch("dp2", 2, 2), "supervised"),
     ("no_tied_sum", Launch("pp2", 2, 1, 2, PP2), "supervised"),
@@ -195,3 +181,9 @@ def test_resume_in_another_layout(project, trajectories, saved, resumed, scenari
 @pytest.mark.parametrize("launch", FULL, ids=lambda launch: launch.name)
 def test_everything(trajectories, launch):
     assert_same(trajectories, launch, "full")
+
+
+@pytest.mark.layouts_full
+@pytest.mark.parametrize("launch", ILQL_FULL, ids=lambda launch: launch.name)
+def test_q_heads_everywhere(trajectories, launch):
+    assert_same(trajectories, launch, "ilql")

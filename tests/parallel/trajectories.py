@@ -105,7 +105,7 @@ SETS = {
         "ppo-llama_tied",
         "apa-qwen2_untied",
     ],
-    "full": [f"{variant}-{model}" for variant in VARIANTS for model in MODELS],
+    "full": [f"{variant}-{model}" for variant in VARIANTS for model in MODELS if variant != "offline_ilql"],
     "lora": ["sft_lora-llama_tied", "rm_lora-qwen2_untied", "ppo_lora-llama_tied", "apa_lora-qwen2_tied"],
     "rl": ["ppo-llama_tied"],
     "offline": ["offline_apa-llama_tied", "offline_awr-qwen2_untied", "offline_bc-llama_tied"],
