@@ -45,7 +45,7 @@ def test_resume(project, stage, parts, lora):
     steps = ("--max_steps", 2 if critic_first else 4, "--lr_scheduler_type", "constant")
     steps += ("--save_strategy", "steps", "--save_steps", 2)
     more = ("--kl_controller", "adaptive", "--kl_target", 0.01, "--kl_horizon", 50) if stage == "ppo" else ()
-    more += ("--judge_model_name_or_path", "judge") if stage == "ppo" else ()
+    more += ("--judge_model_name_or_path", "judge") if stage in ("ppo", "offline", "ilql") else ()
     more += ("--lora", "true", "--lora_rank", 4) if lora else ()
     if stage == "ilql":
         stage, more = "offline", (*more, *ILQL)
@@ -69,4 +69,4 @@ def test_resume(project, stage, parts, lora):
     if stage in ("ppo", "offline"):
         assert read_rows(resumed / "samples.jsonl") == read_rows(whole / "samples.jsonl")
         judged = [row["eval/win_rate"] for row in rows_of(whole) if "eval/win_rate" in row]
-        assert len(judged) == 3 and judged[0] == 0.5 != judged[-1]
+        assert judged[0] == 0.5 and (judged[-1] != 0.5 or critic_first)
