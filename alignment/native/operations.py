@@ -40,17 +40,23 @@ def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
 def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor, positions: paddle.Tensor) -> paddle.Tensor:
     """Rotary embedding (arXiv:2104.09864) of x [B, L, heads, D].
 
-    Args: cos, sin: [P, D], whose halves are alike; positions: int64 [B, L], below P.
+    Args: cos, sin: P times D numbers, whose halves are alike; positions: int64 [B, L] or [1, L], below P.
+    Raises: ValueError for a position without a row in the tables, which the kernel would read beyond their end.
     """
+    positions = _spread(positions, x.shape[:2]).astype("int64")
+    first, last, count = int(positions.min()), int(positions.max()), cos.size // x.shape[-1]
+    if not 0 <= first <= last < count:
+        raise ValueError(f"rotary tables of {count} positions, but {first} to {last} are asked for")
     return _Rotate.apply(x, cos, sin, positions)
 
 
 def masked_softmax(scores: paddle.Tensor, mask: paddle.Tensor, scale: float) -> paddle.Tensor:
-    """softmax(scale * scores + mask) over the last axis; scores [B, heads, Q, L], mask [B, 1, Q, L], without gradient.
+    """softmax(scale * scores + mask) over the last axis; scores [B, heads, Q, L], mask [B or 1, 1, Q, L], no gradient.
 
     No row of the mask may be -inf throughout.
     """
-    return _MaskedSoftmax.apply(scores, mask, scale)
+    batch, _, width, length = scores.shape
+    return _MaskedSoftmax.apply(scores, _spread(mask, [batch, 1, width, length]), scale)
 
 
 class _RMSNorm(PyLayer):
@@ -122,6 +128,11 @@ def _turn(
     out, (heads, size) = paddle.empty_like(x), x.shape[-2:]
     _call("rotate", x, positions.size, heads, size, positions, cos, sin, direction, out)
     return out
+
+
+def _spread(x: paddle.Tensor, shape: list[int]) -> paddle.Tensor:
+    """``x`` with every row of ``shape`` there: kernels do not broadcast."""
+    return x if x.shape == shape else x.expand(shape)
 
 
 def _rows(x: paddle.Tensor) -> int:

@@ -31,9 +31,8 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> PPOTrainer:
     prompts, eval_prompts = load_data(PromptOnlyDataset, data_args, args, tokenizer, data_args.max_prompt_len)
     ptx_set = _load_texts(data_args, args, tokenizer) if args.ptx_coeff > 0 else None
     offload = Offload(args.offload_level.split(), Path(args.output_dir), PhaseTimer())
-    trunk = args.critic_shares_trunk
-    loader = ModelLoader(model_args, data_args, args, tokenizer, text_rewards, offload, policy, value, True, trunk)
-    models = loader.load()
+    how = {"policy": policy, "value": value, "shares_trunk": args.critic_shares_trunk}
+    models = ModelLoader(model_args, data_args, args, tokenizer, text_rewards, offload, **how).load()
     longest = max(len(item["input_ids"]) for part in (prompts, eval_prompts or ()) for item in part)
     for model in (models.actor, models.critic):
         check_positions("max_new_tokens", model, longest + args.max_new_tokens)

@@ -133,6 +133,7 @@ class Learner:
         old, anchor, advantages = as_tensors(part.log_probs, part.ref_log_probs, targets.advantages)
 
         def objective(hidden: paddle.Tensor) -> tuple[paddle.Tensor, dict[str, float], float]:
+            """Loss less entropy bonus, sums over the tokens, largest |log ratio|, from hidden states [B, L, H]."""
             new, entropy = response_log_probs(
                 model, hidden, packed, mask, args.temperature, train_entropy=args.entropy_coeff > 0
             )
@@ -179,6 +180,7 @@ def _value_objective(
     old, returns = as_tensors(part.values, targets.returns)
 
     def objective(hidden: paddle.Tensor) -> tuple[paddle.Tensor, dict[str, float], float]:
+        """Value loss and sums over the tokens, from hidden states [B, L, H]."""
         values = response_values(model, hidden, packed, mask)
         loss, stats = losses.value_loss(values, old, returns, mask, args.clip_range_value, tokens)
         return loss, {"value": float(loss), "value_clipped": float(stats.clipped)}, 0.0

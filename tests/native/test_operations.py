@@ -125,6 +125,25 @@ def test_a_row_that_may_see_nothing_sees_everything_alike():
     np.testing.assert_allclose(weights.numpy(), 0.2, rtol=1e-6)
 
 
+def test_one_row_of_positions_or_mask_serves_the_whole_batch():
+    x, (cos, sin) = paddle.to_tensor(normal(0, 3, 4, 2, 6)), (paddle.to_tensor(table) for table in tables(9, 6))
+    positions, mask = paddle.to_tensor([[3, 4, 5, 6]]), paddle.to_tensor(normal(1, 1, 1, 2, 6))
+    for one, whole in (
+        (operations.rotate(x, cos, sin, positions), operations.rotate(x, cos, sin, positions.tile([3, 1]))),
+        (
+            operations.masked_softmax(x, mask, 1.0),
+            operations.masked_softmax(x, mask.tile([3, 1, 1, 1]), 1.0),
+        ),
+    ):
+        np.testing.assert_array_equal(one.numpy(), whole.numpy())
+
+
+def test_a_position_beyond_the_tables_is_refused():
+    cos, sin = (paddle.to_tensor(table) for table in tables(4, 6))
+    with pytest.raises(ValueError, match="rotary tables of 4 positions, but 3 to 4 are asked for"):
+        operations.rotate(paddle.ones([1, 2, 1, 6]), cos, sin, paddle.to_tensor([[3, 4]]))
+
+
 def test_hand_worked():
     x = paddle.to_tensor([[3.0, 4.0]])
     np.testing.assert_allclose(
