@@ -62,6 +62,11 @@ USAGE = {  # name: (stage, overrides, what the line must say)
     "online objective on logged answers": ("offline", ("--policy_loss", "ppo"), ("--policy_loss", "apa, awr, bc")),
     "betas": ("offline", ("--policy_loss", "ilql", "--ilql_decoding_beta", "[1, -1]"), ("ilql_decoding_beta", "-1")),
     "Q heads elsewhere": ("offline", ("--policy_loss", "ilql", "--eval_mode", "single"), ("eval_mode", "ilql")),
+    "a judge alone": (
+        "offline",
+        ("--policy_loss", "bc", "--reward_function", "null", "--judge_model_name_or_path", "x"),
+        ("judge_model_name_or_path", "reward_function"),
+    ),
     "argument of online RL": ("offline", ("--kl_coeff", "0.1"), ("--kl_coeff", "unknown key")),
     "unknown training of the critic": ("offline", ("--critic_training", "last"), ("last", "first, joint, none")),
     "logged answers longer than the model's positions": (
