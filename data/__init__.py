@@ -1,6 +1,7 @@
 """Preference, prompt and supervised data: raw data sets by name, mixed, tokenised and batched. NumPy only."""
 
 from data import builtin
+from data.comparison import ComparisonCollator, ComparisonDataset
 from data.errors import DataError
 from data.modules import load_dataset_modules
 from data.preference import (
@@ -18,6 +19,8 @@ from data.tokenized import TokenizedDataset
 from data.truncation import TruncationReport
 
 __all__ = [
+    "ComparisonCollator",
+    "ComparisonDataset",
     "DataError",
     "DatasetSpec",
     "PreferenceCollator",

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DataError
 from data.raw import RawSample
-from data.tokenized import TokenizedDataset, pad, pad_mask, padding_id, shorten
+from data.tokenized import TokenizedDataset, pad, pad_mask, padding_id, read_flag
 
 
 class PairDataset(TokenizedDataset):
@@ -21,8 +20,7 @@ class PairDataset(TokenizedDataset):
         """Both answers behind one prompt; see TokenizedDataset.encode."""
         self.require(sample, where, *self.NEEDS)
         for name in self.NEEDS[3:]:
-            if not isinstance(sample[name], bool | np.bool_):
-                raise DataError(f"{where}: field {name!r} must be true or false, got {shorten(sample[name])}")
+            read_flag(sample, name, where)
         answers = [self.answer_ids(sample, where, name) for name in ("answer", "other_answer")]
         if answers[0] == answers[1]:
             self.report.identical += 1

@@ -24,6 +24,14 @@ class RawSample(TypedDict, total=False):
     """The assistant's answer to ``input``."""
     other_answer: str
     """A second answer to the same ``input``."""
+    answers: list[str]
+    """Any number of answers to ``input``, to be compared by ``scores``."""
+    scores: list[float]
+    """A score for each of ``answers``, higher is better; equal ones say nothing about each other."""
+    type: str
+    """Why ``answers`` are compared: "apo" if a golden answer stands over a policy's; else by people's preference."""
+    query_id: str
+    """The name of the prompt in files that belong together."""
     dialogue: list[str]
     """A whole conversation for supervised training: an even-length turn list that ends with the assistant."""
     system: str

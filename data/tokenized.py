@@ -187,6 +187,13 @@ def is_text_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(turn, str) for turn in value)
 
 
+def read_flag(sample: RawSample, name: str, where: str) -> bool:
+    """A field that is true or false. Raises DataError if it is anything else."""
+    if not isinstance(sample[name], bool | np.bool_):
+        raise DataError(f"{where}: field {name!r} must be true or false, got {shorten(sample[name])}")
+    return bool(sample[name])
+
+
 def shorten(value: Any) -> str:
     """A value's repr in at most 60 characters, for error messages."""
     text = repr(value)

@@ -29,8 +29,8 @@ def split_text(text: str) -> tuple[list[str], str] | None:
 class APODataset(RowDataset):
     """Rows: text (list of "query<sep>answer" texts or transcripts), scores or score (list of numbers).
 
-    The pair is the highest- against the lowest-scored answer. Rows whose scores are all equal are skipped, and those
-    whose texts cannot be split or have different queries (a few of HH's transcripts).
+    All answers with their scores; as a pair, the highest- against the lowest-scored one. Rows whose scores are all
+    equal are skipped, and those whose texts cannot be split or have different queries (a few of HH's transcripts).
     """
 
     NAME = "apo"
@@ -42,13 +42,15 @@ class APODataset(RowDataset):
         scores = row.get("scores", row.get("score"))
         if not isinstance(scores, list) or len(scores) != len(row["text"]):
             raise DataError(f"{self._at(place)}: 'text' and 'scores' must be lists of the same length")
-        return {"parts": [split_text(text) for text in row["text"]], "scores": scores}
+        more = {key: str(row[key]) for key in ("type", "query_id") if key in row}
+        return {"parts": [split_text(text) for text in row["text"]], "scores": scores, "more": more}
 
     def is_usable(self, row: Mapping[str, Any]) -> bool:
         parts, scores = row["parts"], row["scores"]
         return None not in parts and len({tuple(turns) for turns, _ in parts}) == 1 and max(scores) > min(scores)
 
     def to_sample(self, row: Mapping[str, Any]) -> RawSample:
-        scores, turns = row["scores"], row["parts"][0][0]
-        best, worst = (row["parts"][scores.index(pick(scores))][1] for pick in (max, min))
-        return RawSample(input=turns, answer=best, other_answer=worst, better=True)
+        scores, turns, answers = row["scores"], row["parts"][0][0], [answer for _, answer in row["parts"]]
+        best, worst = (answers[scores.index(pick(scores))] for pick in (max, min))
+        pair = RawSample(input=turns, answer=best, other_answer=worst, better=True)
+        return pair | RawSample(answers=answers, scores=scores, **row["more"])

@@ -134,11 +134,27 @@ def test_apo_formats(write_rows):
     ]
     raw = RawDataset.load("apo", path=write_rows("apo.json", rows))
     assert (len(raw), raw.skipped) == (2, 1)
-    assert raw[0] == {"input": ["q"], "answer": "best", "other_answer": "worst", "better": True}
+    assert raw[0] == {
+        "input": ["q"],
+        "answer": "best",
+        "other_answer": "worst",
+        "better": True,
+        "answers": ["mid", "best", "worst"],
+        "scores": [1.0, 2.5, -1.0],
+        "query_id": "7",
+        "type": "apo",
+    }
     assert (raw[1]["input"], raw[1]["answer"]) == (["Hi"], "b")
     rows = [{"text": [transcript.format("x"), transcript.format("y")], "score": [1.0, 0.0]}]
     raw = RawDataset.load("dsp", path=write_rows("dsp.jsonl", rows))
-    assert raw[0] == {"input": ["Hi"], "answer": "x", "other_answer": "y", "better": True}
+    assert raw[0] == {
+        "input": ["Hi"],
+        "answer": "x",
+        "other_answer": "y",
+        "better": True,
+        "answers": ["x", "y"],
+        "scores": [1.0, 0.0],
+    }
 
 
 @pytest.mark.parametrize(
