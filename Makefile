@@ -18,4 +18,4 @@ $(VENV)/.ready: requirements.txt
 
 test: setup
 	$(VENV)/bin/python -m ruff check .
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest tests -n auto --dist loadgroup

@@ -73,6 +73,7 @@ FULL = [
     Launch("tp2_pp2_sp", 4, 1, 4, f"{TP2} {PP2} {SP} {RECOMPUTE}"),
     Launch("tp2_single", 2, 1, 1, f"{TP2} --eval_mode single"),
 ]
+EVERY_RUN = {"fast": FAST, "rl": FAST_ROLLOUT, "lora": LORA, "offline": OFFLINE, "ilql": ILQL, "trunk": TRUNK}
 ILQL_FULL = [launch for launch in FULL if "eval_mode" not in launch.arguments]  # its heads stay where they are trained
 MISTAKES = [
     ("mean_gradients", Launch("dp2", 2, 2), "supervised"),
@@ -81,6 +82,17 @@ MISTAKES = [
     ("no_norm_sum", Launch("pp2", 2, 1, 2, PP2), "supervised"),
     ("same_slices", Launch("tp2", 2, 1, 2, TP2), "lora"),
 ]
+
+
+def of_set(scenarios, *values):
+    """A case that shares its launches with the others of this set of scenarios: one worker runs them all."""
+    named = [getattr(value, "name", value) for value in values]
+    group = pytest.mark.xdist_group(f"layouts_{scenarios}")
+    return pytest.param(scenarios, *values, marks=group, id="-".join([scenarios, *named]))
+
+
+def cases(launches):
+    return [of_set(scenarios, launch) for scenarios, some in launches.items() for launch in some]
 
 
 @pytest.fixture(scope="module")
@@ -109,42 +121,13 @@ def assert_same(trajectories, launch, scenarios):
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize("launch", FAST, ids=lambda launch: launch.name)
-def test_training(trajectories, launch):
-    assert_same(trajectories, launch, "fast")
+@pytest.mark.parametrize(("scenarios", "launch"), cases(EVERY_RUN))
+def test_training(trajectories, scenarios, launch):
+    assert_same(trajectories, launch, scenarios)
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize("launch", FAST_ROLLOUT, ids=lambda launch: launch.name)
-def test_online_training(trajectories, launch):
-    assert_same(trajectories, launch, "rl")
-
-
-@pytest.mark.layouts
-@pytest.mark.parametrize("launch", LORA, ids=lambda launch: launch.name)
-def test_adapters(trajectories, launch):
-    assert_same(trajectories, launch, "lora")
-
-
-@pytest.mark.layouts
-@pytest.mark.parametrize("launch", OFFLINE, ids=lambda launch: launch.name)
-def test_logged_answers(trajectories, launch):
-    assert_same(trajectories, launch, "offline")
-
-
-@pytest.mark.layouts
-@pytest.mark.parametrize("launch", ILQL, ids=lambda launch: launch.name)
-def test_q_heads(trajectories, launch):
-    assert_same(trajectories, launch, "ilql")
-
-
-@pytest.mark.layouts
-@pytest.mark.parametrize("launch", TRUNK, ids=lambda launch: launch.name)
-def test_critic_on_the_policys_layers(trajectories, launch):
-    assert_same(trajectories, launch, "trunk")
-
-
-@pytest.mark.layouts
+@pytest.mark.xdist_group("layouts_mistakes")
 @pytest.mark.parametrize(("name", "launch", "scenarios"), MISTAKES, ids=[name for name, *_ in MISTAKES])
 def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
     expected = trajectories(SINGLE, scenarios)
@@ -156,18 +139,18 @@ def test_a_mistake_is_noticed(project, trajectories, name, launch, scenarios):
 
 @pytest.mark.layouts
 @pytest.mark.parametrize(
-    ("saved", "resumed", "scenarios"),
+    ("scenarios", "saved", "resumed"),
     [
-        ("tp2_pp2", "dp2", "fast"),
-        ("dp2", "tp2_pp2", "fast"),
-        ("tp2", "pp2", "lora"),
-        ("pp2", "tp2", "trunk"),
-        ("dp2", "pp2", "offline"),
-        ("tp2_pp2", "dp2", "ilql"),
-        ("dp2", "tp2", "ilql"),
+        of_set("fast", "tp2_pp2", "dp2"),
+        of_set("fast", "dp2", "tp2_pp2"),
+        of_set("lora", "tp2", "pp2"),
+        of_set("trunk", "pp2", "tp2"),
+        of_set("offline", "dp2", "pp2"),
+        of_set("ilql", "tp2_pp2", "dp2"),
+        of_set("ilql", "dp2", "tp2"),
     ],
 )
-def test_resume_in_another_layout(project, trajectories, saved, resumed, scenarios):
+def test_resume_in_another_layout(project, trajectories, scenarios, saved, resumed):
     by_name = {launch.name: launch for launch in FAST}
     expected, start = trajectories(SINGLE, scenarios), trajectories(by_name[saved], scenarios)
     out = project / "out" / f"{resumed}_after_{saved}"
@@ -178,12 +161,6 @@ def test_resume_in_another_layout(project, trajectories, saved, resumed, scenari
 
 
 @pytest.mark.layouts_full
-@pytest.mark.parametrize("launch", FULL, ids=lambda launch: launch.name)
-def test_everything(trajectories, launch):
-    assert_same(trajectories, launch, "full")
-
-
-@pytest.mark.layouts_full
-@pytest.mark.parametrize("launch", ILQL_FULL, ids=lambda launch: launch.name)
-def test_q_heads_everywhere(trajectories, launch):
-    assert_same(trajectories, launch, "ilql")
+@pytest.mark.parametrize(("scenarios", "launch"), cases({"full": FULL, "ilql": ILQL_FULL}))
+def test_everything(trajectories, scenarios, launch):
+    assert_same(trajectories, launch, scenarios)
