@@ -17,8 +17,13 @@ from alignment.runtime.arguments import resolve
 from alignment.runtime.faults import RunError, UsageError
 from benchmarks.paired import CHECKOUT
 
-SCRIPTS = {"rm": "alignment/rm/run_reward.py", "ppo": "alignment/ppo/run_ppo.py"}
-PARTS = {"rm": ("",), "ppo": ("policy", "value")}  # where a stage puts its checkpoints
+SCRIPTS = {
+    "rm": "alignment/rm/run_reward.py",
+    "ppo": "alignment/ppo/run_ppo.py",
+    "offline": "alignment/ppo/run_offline.py",
+}
+ARGUMENTS = {"rm": "alignment.rm", "ppo": "alignment.ppo", "offline": "alignment.ppo.offline"}  # their package
+PARTS = {"rm": ("",), "ppo": ("policy", "value"), "offline": ("policy", "value")}  # where checkpoints are put
 GIVEN, FINISHED, LOG = "given.json", "finished.json", "log.txt"
 SHOWN = 2000  # characters of the log of a launch that failed
 
@@ -29,7 +34,7 @@ class Launch:
 
     A finished launch is not done again. One that was interrupted goes on from its newest checkpoint, if it has one.
 
-    Args: stage: "rm" or "ppo"; keep: whether its checkpoints are wanted when it is finished.
+    Args: stage: a key of SCRIPTS; keep: whether its checkpoints are wanted when it is finished.
     """
 
     stage: str
@@ -53,7 +58,7 @@ class Launch:
             )
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(arguments, indent=1) + "\n")
-        resolve([str(partial)], importlib.import_module(f"alignment.{self.stage}.arguments").GROUPS)
+        resolve([str(partial)], importlib.import_module(f"{ARGUMENTS[self.stage]}.arguments").GROUPS)
         partial.replace(file)
 
     def run(self) -> float:
@@ -74,7 +79,7 @@ class Launch:
         (self.folder / FINISHED).write_text(json.dumps({"seconds": seconds}) + "\n")
         if not self.keep:
             for part in PARTS[self.stage]:
-                shutil.rmtree(self.folder / part)
+                shutil.rmtree(self.folder / part, ignore_errors=True)  # not every run has all of them
         return seconds
 
     def evaluations(self) -> list[dict[str, float]]:

@@ -1,16 +1,17 @@
-"""APA, AWR and PPO compared as their paper does: reward of a held-out judge and KL to the initial policy, over seeds.
+"""Objectives compared as APA's paper does: reward of a held-out judge and KL to the initial policy, over seeds.
 
     python -m benchmarks.objectives --json objectives.json [--setting FILE] [--folder DIRECTORY]
 
 Trains a reward model and a judge on parts of the preference data that have no pair in common. Then every objective
 gets a search of the same size on one seed of its own; the value whose last evaluation has the largest *trained* reward
 is chosen, so that the judge chooses nothing; and with it a run for each of the other seeds. All runs have the same
-number of episodes, prompts and evaluations, and are the stages' own commands.
+number of episodes, prompts and evaluations, and are the stages' own commands. A single value needs no search.
 
-The setting is a JSON object: "reward_model" (arguments of run_reward.py), "judge" (what it changes of them), "policy"
-(arguments of run_ppo.py that all share), "objectives" ({name: {"fixed": arguments, "search": [arguments, ...]}}),
-"search_seed" and "seeds". The folder (default: FILE's name without .json) keeps every run; the same command again goes
-on where an interrupted one stopped, and a finished run is not run again.
+The setting is a JSON object: "reward_model" (arguments of run_reward.py), "judge" (what it changes of them), "stage"
+("ppo", or "offline" for learning from logged answers; default: "ppo"), "policy" (arguments of its script that all
+share), "objectives" ({name: {"fixed": arguments, "search": [arguments, ...]}}), "search_seed" and "seeds". The folder
+(default: FILE's name without .json) keeps every run; the same command again goes on where an interrupted one stopped,
+and a finished run is not run again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from benchmarks.paired import CHECKOUT
 from benchmarks.results import save
 
 KEYS = ("reward_model", "judge", "policy", "objectives", "search_seed", "seeds")
+STAGES = ("ppo", "offline")
 
 
 def main() -> None:
@@ -56,9 +58,11 @@ def parse_options() -> argparse.Namespace:
 
 def read_setting(file: str) -> dict:
     """Raises UsageError for a file without what the comparison needs, or searches of different sizes."""
-    setting = read_json_object(file)
-    if set(setting) != set(KEYS):
-        raise UsageError(f"{file}: needs the keys {', '.join(KEYS)} and no other")
+    setting = {"stage": "ppo"} | read_json_object(file)
+    if set(setting) != {*KEYS, "stage"}:
+        raise UsageError(f"{file}: needs the keys {', '.join(KEYS)}, may have \"stage\", and no other")
+    if setting["stage"] not in STAGES:
+        raise UsageError(f'{file}: "stage": {setting["stage"]!r} is not one of {", ".join(STAGES)}')
     sizes = {name: len(objective["search"]) for name, objective in setting["objectives"].items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise UsageError(f"{file}: every objective must get a search of the same size, not {sizes}")
@@ -77,8 +81,11 @@ class Comparison:
         self.setting, self.folder = setting, folder
         self.reward_model = Launch("rm", folder / "reward_model", setting["reward_model"], keep=True)
         self.judge = Launch("rm", folder / "judge", setting["reward_model"] | setting["judge"], keep=True)
-        policy = setting["policy"]
-        self.answers = policy["per_device_prompt_batch_size"] * policy.get("num_return_sequences", 1)
+        policy, self.stage = setting["policy"], setting["stage"]
+        self.unit, self.per_step = "steps", 1
+        if self.stage == "ppo":
+            self.unit = "episodes"
+            self.per_step = policy["per_device_prompt_batch_size"] * policy.get("num_return_sequences", 1)
         self.started, self.seconds = time.perf_counter(), []
 
     def run(self) -> dict:
@@ -100,7 +107,8 @@ class Comparison:
             "benchmark": "objectives",
             "machine": machine,
             "setting": self.setting,
-            "episodes": next(iter(found.values()))["runs"][0]["episode"][-1],
+            "unit": self.unit,
+            "length": next(iter(found.values()))["runs"][0]["time"][-1],
             **{name: {"accuracy": one.evaluations()[-1]["eval/accuracy"]} for name, one in scorers.items()},
             "equal_kl": summary["equal_kl"],
             "objectives": found,
@@ -108,8 +116,10 @@ class Comparison:
 
     def _search(self, name: str) -> dict:
         """Every value of an objective on the search's seed, and the best."""
-        tried = []
-        for values in self.setting["objectives"][name]["search"]:
+        tried, search = [], self.setting["objectives"][name]["search"]
+        if len(search) == 1:
+            return {"search": [], "best": search[0]}
+        for values in search:
             curves = self._do(self._policy(name, values, self.setting["search_seed"]))
             tried.append({"values": values, **{metric: curves[metric][-1] for metric in METRICS}})
         return {"search": tried, "best": max(tried, key=lambda one: one["reward"])["values"]}
@@ -118,13 +128,15 @@ class Comparison:
         arguments = self.setting["policy"] | self.setting["objectives"][name]["fixed"] | values
         scorers = {REWARD: str(self.reward_model.folder), JUDGE: str(self.judge.folder)}
         label = "-".join([name, *(f"{key}={value}" for key, value in values.items()), f"seed={seed}"])
-        return Launch("ppo", self.folder / label, arguments | scorers | {"seed": seed})
+        return Launch(self.stage, self.folder / label, arguments | scorers | {"seed": seed})
 
     def _all_policies(self) -> Iterator[Launch]:
         """One for each value of each objective; other seeds have the same arguments otherwise."""
         for name, objective in self.setting["objectives"].items():
-            for values in objective["search"]:
-                yield self._policy(name, values, self.setting["search_seed"])
+            search = objective["search"]
+            for values in search:
+                seed = self.setting["search_seed"] if len(search) > 1 else self.setting["seeds"][0]
+                yield self._policy(name, values, seed)
 
     def _do(self, launch: Launch) -> dict:
         """Run a launch unless it is finished; returns the curves of a policy."""
@@ -135,14 +147,13 @@ class Comparison:
             print(f"{launch.folder.name} (log: {launch.folder}/log.txt)", flush=True)
             self.seconds.append(launch.run())
             print(f"  {self.seconds[-1]:.0f} s, {self._progress()}", flush=True)
-        if launch.stage == "ppo":
-            return curves_of(launch.evaluations(), self.answers)
-        return {}
+        return {} if launch.stage == "rm" else curves_of(launch.evaluations(), self.per_step)
 
     def _progress(self) -> str:
         """How much is left, by the mean of what ran."""
         setting = self.setting
-        size = sum(len(one["search"]) + len(setting["seeds"]) for one in setting["objectives"].values()) + 2
+        searches = (len(one["search"]) for one in setting["objectives"].values())
+        size = sum((tried if tried > 1 else 0) + len(setting["seeds"]) for tried in searches) + 2
         done = sum(1 for _ in self.folder.glob("*/finished.json"))
         left = (size - done) * sum(self.seconds) / len(self.seconds)
         return f"{done} of {size} runs, about {left / 60:.0f} minutes left"

@@ -18,10 +18,14 @@ METRICS = {  # name in results: metric of an evaluation
 }
 
 
-def curves_of(evaluations: Sequence[dict[str, float]], answers: int) -> dict[str, list[float]]:
-    """{"episode" and every name of METRICS: a value for each evaluation}; answers: of one iteration."""
-    curves = {"episode": [row["step"] * answers for row in evaluations]}
-    return curves | {name: [row[metric] for row in evaluations] for name, metric in METRICS.items()}
+def curves_of(evaluations: Sequence[dict[str, float]], per_step: int) -> dict[str, list[float]]:
+    """{"time" and every name of METRICS: a value for each evaluation of the policy's own answers}.
+
+    Args: per_step: what a step counts on the axis of time: the episodes of an iteration, or 1.
+    """
+    rows = [row for row in evaluations if JUDGE in row]
+    curves = {"time": [row["step"] * per_step for row in rows]}
+    return curves | {name: [row[metric] for row in rows] for name, metric in METRICS.items()}
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:

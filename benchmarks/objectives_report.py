@@ -30,13 +30,15 @@ def show(result: dict) -> None:
         for tried in found["search"]
     ]
     columns = ("objective", "trained reward", "KL, nats", "judge's reward")
-    show_table("search: one seed, the largest trained reward is chosen", columns, rows)
+    if rows:
+        show_table("search: one seed, the largest trained reward is chosen", columns, rows)
     shown = COLUMNS | {"judge_reward_at_equal_kl": f"judge's reward at KL {result['equal_kl']:.3g}"}
     rows = [
         (f"{name} {describe(found['best'])}", *(cell(found["final"][key]) for key in shown))
         for name, found in result["objectives"].items()
     ]
-    title = f"after {result['episodes']} episodes: mean and standard error of {len(result['setting']['seeds'])} seeds"
+    seeds = len(result["setting"]["seeds"])
+    title = f"after {result['length']} {result['unit']}: mean and standard error over seeds ({seeds})"
     show_table(title, ("objective", *shown.values()), rows)
 
 
@@ -62,7 +64,7 @@ def draw(result: dict, path: Path) -> None:
         label, colour = f"{name}, {describe(found['best'])}", COLOURS[number % len(COLOURS)]
         for axes, metric, title in (*panels, (kl, "kl", "KL to the initial policy, nats an answer")):
             _draw_band(axes, found["runs"], metric, label, colour)
-            axes.set(title=title, xlabel="episodes")
+            axes.set(title=title, xlabel=result["unit"])
         _draw_frontier(frontier, found["runs"], label, colour)
     wins.axhline(0.5, color="#666666", linewidth=0.8, linestyle=":")
     frontier.axvline(result["equal_kl"], color="#666666", linewidth=0.8, linestyle="--", label="KL that all reach")
@@ -75,9 +77,9 @@ def draw(result: dict, path: Path) -> None:
 
 
 def _draw_band(axes, runs: list[dict], metric: str, label: str, colour: str) -> None:
-    episodes, (mean, sem) = runs[0]["episode"], band(runs, metric)
-    axes.plot(episodes, mean, color=colour, marker="o", markersize=4, label=label)
-    axes.fill_between(episodes, mean - sem, mean + sem, color=colour, alpha=0.2, linewidth=0)
+    time, (mean, sem) = runs[0]["time"], band(runs, metric)
+    axes.plot(time, mean, color=colour, marker="o", markersize=4, label=label)
+    axes.fill_between(time, mean - sem, mean + sem, color=colour, alpha=0.2, linewidth=0)
 
 
 def _draw_frontier(axes, runs: list[dict], label: str, colour: str) -> None:

@@ -25,6 +25,7 @@ from tests.stages import ARGUMENTS, CHECKOUT, read_rows, write_project
 SETTING = CHECKOUT / "benchmarks/objectives.json"
 ONLINE = {"max_steps": 2, "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "ptx_coeff": 0.0}
 TINY = {
+    "stage": "ppo",
     "reward_model": {key: value for key, value in ARGUMENTS["rm"].items() if key != "output_dir"}
     | {"train_datasets": "animals:1 of 2", "max_steps": 2},
     "judge": {"train_datasets": "animals:2 of 2", "seed": 4},
@@ -35,17 +36,30 @@ TINY = {
     }
     | ONLINE,
     "objectives": {
-        "apa": {"fixed": {"policy_loss": "apa", "kl_coeff": 0.0}, "search": [{"apa_lambda": 0.5}]},
-        "ppo": {"fixed": {"policy_loss": "ppo"}, "search": [{"clip_range_ratio": 0.2}]},
+        "apa": {"fixed": {"policy_loss": "apa", "kl_coeff": 0}, "search": [{"apa_lambda": 0.5}, {"apa_lambda": 2.0}]},
+        "ppo": {"fixed": {"policy_loss": "ppo"}, "search": [{"clip_range_ratio": 0.2}, {"clip_range_ratio": 0.1}]},
     },
     "search_seed": 0,
-    "seeds": [1, 2],
+    "seeds": [1],
+}
+LOGGED = {  # one value each, so no search
+    "stage": "offline",
+    "policy": {
+        key: value
+        for key, value in ARGUMENTS["offline"].items()
+        if key not in ("output_dir", "reward_function", "seed")
+    }
+    | {"max_steps": 2, "evaluation_strategy": "no"},
+    "objectives": {
+        "bc": {"fixed": {"policy_loss": "bc"}, "search": [{}]},
+        "awr": {"fixed": {"policy_loss": "awr", "awr_beta": 0.5}, "search": [{}]},
+    },
 }
 
 
 def curve(kl, judge):
     names = ("win_rate", "reward", "length")
-    return {"episode": [8 * i for i in range(len(kl))], "kl": kl, "judge_reward": judge} | dict.fromkeys(names, judge)
+    return {"time": [8 * i for i in range(len(kl))], "kl": kl, "judge_reward": judge} | dict.fromkeys(names, judge)
 
 
 def test_reward_at_a_kl_is_read_off_the_first_crossing():
@@ -93,9 +107,10 @@ def test_the_setting_that_ships_is_fair_and_accepted(tmp_path):
         ({"seeds": [0, 1]}, '"seeds" must be some that "search_seed", 0, is not among'),
         ({"seed": 1}, "needs the keys reward_model, judge, policy"),
         (
-            {"objectives": {"apa": TINY["objectives"]["apa"], "ppo": {"fixed": {}, "search": [{}, {}]}}},
-            "must get a search of the same size, not {'apa': 1, 'ppo': 2}",
+            {"objectives": {"apa": TINY["objectives"]["apa"], "ppo": {"fixed": {}, "search": [{}]}}},
+            "must get a search of the same size, not {'apa': 2, 'ppo': 1}",
         ),
+        ({"stage": "sft"}, "\"stage\": 'sft' is not one of ppo, offline"),
     ],
 )
 def test_an_unfair_setting_is_refused(tmp_path, changes, message):
@@ -131,14 +146,15 @@ def finish(project: Path) -> str:
 
 
 def curves(folder: Path) -> dict:
-    return curves_of([row for row in read_rows(folder / "metrics.jsonl") if "eval/win_rate" in row], 8)
+    return curves_of(read_rows(folder / "metrics.jsonl"), 8)
 
 
 @pytest.mark.slow
 def test_the_whole_command_interrupted_and_resumed(tmp_path):
     """Killed in the middle of a run, the same command ends it as if nothing had been; done again, it runs nothing."""
     project = write_project(tmp_path)
-    (project / "setting.json").write_text(json.dumps(TINY))
+    setting = TINY | {"objectives": {"ppo": TINY["objectives"]["ppo"]}}
+    (project / "setting.json").write_text(json.dumps(setting))
     interrupted = project / "result/ppo-clip_range_ratio=0.2-seed=0"
     process = start(project)
     while not (interrupted / "policy/checkpoint-1/trainer_state.json").exists():
@@ -152,12 +168,12 @@ def test_the_whole_command_interrupted_and_resumed(tmp_path):
     shown = finish(project)
     assert "already done: reward_model" in shown and "already done: judge" in shown
     result = json.loads((project / "result.json").read_text())
-    assert set(result["objectives"]) == {"apa", "ppo"} and result["episodes"] == 16
+    assert set(result["objectives"]) == {"ppo"} and (result["length"], result["unit"]) == (16, "episodes")
     for found in result["objectives"].values():
-        assert len(found["search"]) == 1 and len(found["runs"]) == 2
-        assert found["best"] == found["search"][0]["values"]
+        assert len(found["search"]) == 2 and len(found["runs"]) == 1
+        assert found["best"] == max(found["search"], key=lambda tried: tried["reward"])["values"]
         for run in found["runs"]:
-            assert run["episode"] == [0, 8, 16] and run["win_rate"][0] == 0.5
+            assert run["time"] == [0, 8, 16] and run["win_rate"][0] == 0.5
             assert abs(run["kl"][0]) < 1e-4 and all(np.isfinite(value) for values in run.values() for value in values)
         final = [run["judge_reward"][-1] for run in found["runs"]]
         assert found["final"]["judge_reward"]["mean"] == pytest.approx(np.mean(final))
@@ -165,12 +181,26 @@ def test_the_whole_command_interrupted_and_resumed(tmp_path):
     pixels = np.asarray(Image.open(project / "result.png").convert("L"))
     assert pixels.shape[1] > 1500 and pixels.std() > 5
 
-    assert was_cut and curves(interrupted)["episode"] == [0, 8, 16]
+    assert was_cut and curves(interrupted)["time"] == [0, 8, 16]
     whole = curves(interrupted)
     shutil.rmtree(interrupted)
     assert finish(project).count(" s, ") == 1  # only what is gone is run again
     assert curves(interrupted) == whole
     assert json.loads((project / "result.json").read_text())["objectives"] == result["objectives"]
+
+
+@pytest.mark.slow
+def test_learning_from_logged_answers_is_compared_too(tmp_path):
+    """On the reward models of the setting that needs them; without a search."""
+    project = write_project(tmp_path)
+    (project / "setting.json").write_text(json.dumps(TINY | LOGGED))
+    finish(project)
+    result = json.loads((project / "result.json").read_text())
+    assert (result["length"], result["unit"]) == (2, "steps")
+    for found in result["objectives"].values():
+        assert found["search"] == [] and found["best"] == {}
+        [run] = found["runs"]
+        assert run["time"] == [0, 2] and abs(run["kl"][0]) < 1e-4
 
 
 def test_arguments_of_the_tiny_setting_are_those_of_the_stages(tmp_path):
