@@ -32,6 +32,7 @@ class ComparisonDataset(TokenizedDataset):
         for text, score in zip(answers, scores, strict=True):
             ids = (*self.text_ids(text), self.tokenizer.eos_token_id)
             best[ids] = max(score, best.get(ids, -math.inf))
+        best = self.choose(best)
         if not self.is_informative(list(best.values())):
             self.report.identical += 1
             return None
@@ -44,6 +45,10 @@ class ComparisonDataset(TokenizedDataset):
             "prompt_length": len(prompt[1]),
             "is_apo": sample.get("type") == APO,
         }
+
+    def choose(self, answers: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+        """Which of a sample's answers make up the item, {token ids: score}; no two are alike, and in its order."""
+        return answers
 
     def is_informative(self, scores: list[float]) -> bool:
         """Whether answers with these scores, no two answers alike, are worth an item."""

@@ -26,6 +26,7 @@ SCRIPTS = {
     "rm": CHECKOUT / "alignment/rm/run_reward.py",
     "ppo": CHECKOUT / "alignment/ppo/run_ppo.py",
     "offline": CHECKOUT / "alignment/ppo/run_offline.py",
+    "update": CHECKOUT / "alignment/apo/run_update.py",
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -54,6 +55,16 @@ class Animals(RawDataset):
 
     def __len__(self):
         return len(self.data)
+
+
+class ScoredAnimals(Animals):
+    NAME = "scored-animals"
+
+    def __getitem__(self, index):
+        first, second = self.data[index]
+        answers = [second, first, first + second, first * 2][: 2 + index % 3]
+        scores = [0.0, 1.0, 0.5, 1.0] if index % 5 else [1.0] * 4
+        return RawSample(input=f"Say {first}", answers=answers, scores=scores[: len(answers)])
 '''
 USER_REWARD = '''
 def count_vowels(responses):
@@ -131,6 +142,15 @@ ARGUMENTS = {
         "per_device_train_batch_size": 8,
         "critic_training": "joint",
         "critic_refresh": 2,
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+    },
+    "update": SHARED
+    | {
+        "model_name_or_path": "model",
+        "output_dir": "update",
+        "policy_update": "dpo",
+        "per_device_train_batch_size": 8,
         "evaluation_strategy": "steps",
         "eval_steps": 2,
     },

@@ -52,6 +52,7 @@ OFFLINE = [
     Launch("tp2", 2, 1, 2, TP2),
     Launch("pp2", 2, 1, 4, PP2),
 ]
+UPDATE = [Launch("dp2", 2, 2, 2), Launch("tp2", 2, 1, 2, TP2), Launch("pp2", 2, 1, 4, PP2)]
 ILQL = [Launch("dp2", 2, 2, 2), Launch("tp2", 2, 1, 2, TP2), Launch("pp2", 2, 1, 4, PP2)]
 TRUNK = [
     Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
@@ -73,7 +74,15 @@ FULL = [
     Launch("tp2_pp2_sp", 4, 1, 4, f"{TP2} {PP2} {SP} {RECOMPUTE}"),
     Launch("tp2_single", 2, 1, 1, f"{TP2} --eval_mode single"),
 ]
-EVERY_RUN = {"fast": FAST, "rl": FAST_ROLLOUT, "lora": LORA, "offline": OFFLINE, "ilql": ILQL, "trunk": TRUNK}
+EVERY_RUN = {
+    "fast": FAST,
+    "rl": FAST_ROLLOUT,
+    "lora": LORA,
+    "offline": OFFLINE,
+    "ilql": ILQL,
+    "trunk": TRUNK,
+    "update": UPDATE,
+}
 ILQL_FULL = [launch for launch in FULL if "eval_mode" not in launch.arguments]  # its heads stay where they are trained
 MISTAKES = [
     ("mean_gradients", Launch("dp2", 2, 2), "supervised"),

@@ -34,6 +34,7 @@ def rows_of(folder):
     [
         ("sft", [""]),
         ("rm", [""]),
+        ("update", [""]),
         ("ppo", ["policy", "value"]),
         ("offline", ["policy", "value"]),
         ("ilql", ["policy"]),

@@ -128,14 +128,14 @@ class StageTrainer(ABC):
 
     def save(self, step: int) -> Path:
         """Write checkpoint-<step> and drop the oldest over save_total_limit."""
-
-        def save_weights(directory: Path) -> None:
-            with self.engine.shards.whole_model():
-                save_model(self.model, self.tokenizer, directory)
-
-        path = save_checkpoint(self.output_dir, step, save_weights, self.engine, self.state_dict())
+        path = save_checkpoint(self.output_dir, step, self.write_files, self.engine, self.state_dict())
         drop_old_checkpoints(self.output_dir, self.args.save_total_limit)
         return path
+
+    def write_files(self, directory: Path) -> None:
+        """Write what a checkpoint has beside the run's state; every process calls it."""
+        with self.engine.shards.whole_model():
+            save_model(self.model, self.tokenizer, directory)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         return {} if self.eval_set is None else {f"eval/{name}": value for name, value in self.evaluate().items()}
@@ -150,7 +150,7 @@ class StageTrainer(ABC):
 
 
 def _count_tokens(item: dict) -> int:
-    return sum(len(ids) for name, ids in item.items() if name.endswith("input_ids"))
+    return sum(np.hstack(ids).size for name, ids in item.items() if name.endswith("input_ids"))
 
 
 def _over_processes(reports: list[tuple[float, Arrays]]) -> tuple[float, Arrays]:

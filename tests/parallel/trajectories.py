@@ -20,6 +20,8 @@ sys.path[0] = str(CHECKOUT)
 
 import numpy as np  # noqa: E402
 
+from alignment.apo.run_update import build_trainer as build_update  # noqa: E402
+from alignment.apo.update_arguments import GROUPS as UPDATE_GROUPS  # noqa: E402
 from alignment.parallel.topology import topology  # noqa: E402
 from alignment.ppo.arguments import GROUPS as PPO_GROUPS  # noqa: E402
 from alignment.ppo.arguments import OFFLOAD_LEVELS  # noqa: E402
@@ -68,6 +70,7 @@ ILQL = {
     "steps_for_target_q_sync": 2,
     "ilql_decoding_beta": [2, 0],
 }
+SCORED = SUPERVISED | {"train_datasets": "scored-animals:21/-1", "eval_datasets": "scored-animals:6/-1"}
 VARIANTS = {  # name: (stage, arguments)
     "sft": ("sft", SUPERVISED),
     "sft_frozen": ("sft", SUPERVISED | {"num_layers_unfrozen": 1}),
@@ -91,6 +94,11 @@ VARIANTS = {  # name: (stage, arguments)
     ),
     "offline_bc": ("offline", LOGGED | LORA | {"policy_loss": "bc", "eval_datasets": None, "eval_split_ratio": 0.2}),
     "offline_ilql": ("offline", LOGGED | ILQL),
+    "rjs": ("update", SCORED | {"policy_update": "rjs"}),
+    "rrhf": ("update", SCORED | {"policy_update": "rrhf", "rrhf_sft_coeff": 0.5}),
+    "dpo": ("update", SUPERVISED),
+    "dpo_all": ("update", SCORED | {"dpo_pairs": "all", "label_smoothing": 0.1, "num_layers_unfrozen": 2}),
+    "ipo_lora": ("update", SCORED | LORA | {"dpo_loss_type": "ipo", "dpo_beta": 0.5}),
     "apa_trunk": ("ppo", ONLINE | SHARED_TRUNK | {"policy_loss": "apa", "apa_anchor": "old"}),
 }
 LEVELS = [" ".join(words) for n in range(len(OFFLOAD_LEVELS) + 1) for words in combinations(OFFLOAD_LEVELS, n)]
@@ -110,6 +118,7 @@ SETS = {
     "rl": ["ppo-llama_tied"],
     "offline": ["offline_apa-llama_tied", "offline_awr-qwen2_untied", "offline_bc-llama_tied"],
     "ilql": ["offline_ilql-llama_tied", "offline_ilql-qwen2_untied"],
+    "update": ["dpo-llama_tied"],
     "trunk": ["ppo_trunk-llama_tied", "apa_trunk-qwen2_untied"],
     "supervised": ["sft-llama_tied"],
     "offload": [f"{variant}-llama_tied" for variant in OFFLOADED],
@@ -121,6 +130,7 @@ BUILDERS = {
     "rm": (build_rm, RM_GROUPS, ("",)),
     "ppo": (build_ppo, PPO_GROUPS, PARTS),
     "offline": (build_offline, OFFLINE_GROUPS, PARTS),
+    "update": (build_update, UPDATE_GROUPS, ("",)),
 }
 
 

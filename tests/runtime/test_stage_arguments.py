@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -13,12 +12,12 @@ from alignment.parallel.layout import Layout, resolve_layout
 from alignment.ppo.models.lora import TARGETS
 from alignment.runtime.argument_fields import UNUSED_GROUP, arguments_of
 from alignment.runtime.arguments import build_parser, parse, resolve
-from alignment.runtime.document_arguments import SCRIPTS, render_page
+from alignment.runtime.document_arguments import SCRIPTS, groups_of, render_page
 from alignment.runtime.faults import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "config").glob("*/*.json"))
-GROUPS = {stage: importlib.import_module(f"alignment.{stage}.arguments").GROUPS for stage in SCRIPTS}
+GROUPS = {stage: groups_of(stage) for stage in SCRIPTS}
 PPO = ["--output_dir=out", "--train_datasets=x", "--reward_function=a:b", "--per_device_train_batch_size=16"]
 
 # llm/config/llama/{ppo,rm}_argument.json of PaddleNLP, 2024, without the keys that name data, models and output
@@ -73,11 +72,12 @@ def refused(*options: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_file_resolves_and_every_key_in_it_counts(path, capsys):
     stage, offline = path.stem.removeprefix("offline_").partition("_")[0], path.stem.startswith("offline_")
-    groups = GROUPS["ppo.offline" if offline else stage if stage in GROUPS else "ppo"]
+    update = stage in ("rjs", "rrhf", "dpo")
+    groups = GROUPS["ppo.offline" if offline else "apo.update" if update else stage if stage in GROUPS else "ppo"]
     values = resolve([str(path), "--dry_run"], groups)  # without, a file for several processes would miss them
     assert capsys.readouterr().err == ""
-    if "policy_loss" in values:
-        assert values["policy_loss"] == stage
+    if "policy_loss" in values or update:
+        assert values["policy_update" if update else "policy_loss"] == stage
     if path.parent.name == "smollm2":
         model, data, training = parse([str(path)], groups)
         assert training.device == "cpu" or not training.bf16
@@ -86,13 +86,14 @@ def test_every_config_file_resolves_and_every_key_in_it_counts(path, capsys):
 def test_each_model_has_every_stage():
     stages = {f"{stage}_argument" for stage in ("sft", "rm", "ppo", "apa", "awr")}
     offline = {f"offline_{objective}_argument" for objective in ("apa", "awr", "bc", "ilql")}
+    updates = {f"{update}_argument" for update in ("rjs", "rrhf", "dpo")}
     parallel = {f"{stage}_3d_argument" for stage in ("ppo", "apa", "awr")}
     sizes = {f"{stage}_{size}_argument" for stage in ("ppo", "apa", "awr") for size in ("125m", "1b", "6b", "20b")}
     assert {path.parent.name: {p.stem for p in CONFIGS if p.parent == path.parent} for path in CONFIGS} == {
         "hh": sizes | {"sft_argument", "rm_argument"},
-        "llama": stages | parallel,
+        "llama": stages | parallel | updates,
         "qwen": stages | parallel,
-        "smollm2": stages | offline | {"rm_lora_argument", "ppo_lora_argument"},
+        "smollm2": stages | offline | updates | {"rm_lora_argument", "ppo_lora_argument"},
         "tldr": stages,
     }
 
