@@ -10,7 +10,7 @@ import paddle
 
 from alignment.dry_run.models import Original
 from alignment.parallel.plan import Plan, Sizes, find_shapes, plan
-from alignment.parallel.plan.arguments import STAGES, Options
+from alignment.parallel.plan.arguments import RAGGED, STAGES, Options
 from alignment.parallel.plan.planning import GB
 from alignment.runtime.faults import process_count
 from alignment.training.arguments import planned_processes
@@ -24,6 +24,9 @@ def plan_run(stage: str, values: Mapping[str, Any], originals: Sequence[Original
     """
     if stage not in STAGES:
         return f"memory is not planned: the plan knows {', '.join(STAGES)}, not {stage}"
+    sizes = Sizes.of({**values, "lora": False})
+    if sizes.sequences(stage) is None:
+        return f"memory is not planned: {RAGGED}"
     policy = originals[0]
     if not policy.is_here and not values["model_config"]:
         return (
@@ -31,7 +34,6 @@ def plan_run(stage: str, values: Mapping[str, Any], originals: Sequence[Original
             'name one of its shape by "model_config"'
         )
     reward = next((str(model.config) for model in originals if model.key == "reward_model_name_or_path"), None)
-    sizes = Sizes.of({**values, "lora": False})
     shapes = find_shapes(stage, sizes, str(policy.config), reward)
     processes = planned_processes(values)
     return plan(stage, sizes, shapes, processes, device_memory_gb(values, processes))

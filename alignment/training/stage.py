@@ -19,7 +19,7 @@ def run_stage(
     """Build a stage's trainer and run it; returns what its ``train`` returned.
 
     Args:
-        stage: "sft", "rm", "ppo" or "offline".
+        stage: "sft", "rm", "ppo", "offline" or "update".
         arguments: what alignment.runtime.arguments.parse gave; the last are the TrainingArguments.
         build: makes the trainer of them; everything that can be wrong with the input shows here.
         parts: see alignment.training.setup.check_output.

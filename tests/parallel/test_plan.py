@@ -254,3 +254,12 @@ def test_layouts_that_cannot_be(changes, processes, message):
     with pytest.raises(UsageError) as caught:
         plan("sft", replace(Sizes(), **changes), {MODEL: SMALL}, processes)
     assert str(caught.value).startswith(message)
+
+
+def test_updates_take_as_many_sequences_as_they_compare():
+    rjs, dpo = (Sizes(max_length=512, policy_update=update) for update in ("rjs", "dpo"))
+    twice = replace(rjs, per_device_train_batch_size=16, per_device_eval_batch_size=16, evaluation_strategy="steps")
+    assert phases(plan("update", rjs, {MODEL: SMALL}, 1)) == phases(plan("sft", rjs, {MODEL: SMALL}, 1))
+    assert phases(plan("update", dpo, {MODEL: SMALL}, 1)) == phases(plan("sft", twice, {MODEL: SMALL}, 1))
+    with pytest.raises(UsageError, match='"policy_update": "dpo" is not planned'):
+        plan("update", replace(dpo, dpo_pairs="all"), {MODEL: SMALL}, 1)

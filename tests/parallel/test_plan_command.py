@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -12,17 +11,18 @@ from pathlib import Path
 import pytest
 
 from alignment.parallel.plan import Sizes, find_shapes, plan
-from alignment.parallel.plan.arguments import Options, read_arguments
+from alignment.parallel.plan.arguments import RAGGED, UPDATES, Options, read_arguments
 from alignment.parallel.plan.models import ACTOR, CRITIC, MODEL, REWARD
 from alignment.parallel.plan.shapes import read_shape
 from alignment.runtime.argument_fields import arguments_of
+from alignment.runtime.document_arguments import groups_of
 from alignment.runtime.faults import UsageError
 from tests.parallel.llama2 import ROOT, SHAPES, TINY
 
 
 def stage_arguments() -> dict[str, dict]:
-    modules = {stage: importlib.import_module(f"alignment.{stage}.arguments") for stage in ("ppo", "rm", "sft")}
-    return {stage: {a.name: a for g in module.GROUPS for a in arguments_of(g)} for stage, module in modules.items()}
+    stages = ("ppo", "rm", "sft", "apo.update")
+    return {stage: {a.name: a for group in groups_of(stage) for a in arguments_of(group)} for stage in stages}
 
 
 def test_names_defaults_and_limits_are_those_of_the_stages():
@@ -40,7 +40,7 @@ def test_no_key_of_a_stage_is_taken_for_a_misspelling(tmp_path):
     sizes = {field.name for field in fields(Sizes)}
     aliases = {alias for argument in arguments_of(Sizes) for alias in argument.aliases}
     for stage, arguments in stage_arguments().items():
-        legacy = importlib.import_module(f"alignment.{stage}.arguments").GROUPS[-1].LEGACY
+        legacy = groups_of(stage)[-1].LEGACY
         others = {name: None for name in set(arguments) | legacy if name not in sizes | aliases}
         file = tmp_path / "all.json"
         file.write_text(json.dumps(others))
@@ -51,11 +51,16 @@ def test_no_key_of_a_stage_is_taken_for_a_misspelling(tmp_path):
 def test_every_argument_file_can_be_planned(file):
     options, sizes = read_arguments([str(file), "--processes", "8", "--max_length", "100"])
     assert (options.processes, sizes.max_length) == (8, 100)
-    stage = "ppo" if sizes.actor_model_name_or_path else file.name[: file.name.index("_")]
+    name = file.name[: file.name.index("_")]
+    stage = "ppo" if sizes.actor_model_name_or_path else "update" if name in UPDATES else name
     shapes = find_shapes(stage, sizes, str(SHAPES / "llama2-7b"))
     if sizes.lora:
         with pytest.raises(UsageError, match='"lora": true is not planned'):
             plan(stage, sizes, shapes, 8)
+    if name == "rrhf":
+        with pytest.raises(UsageError, match=f'"policy_update": "rrhf" is not planned: {RAGGED}'):
+            plan(stage, sizes, shapes, 8)
+        return
     assert plan(stage, replace(sizes, lora=False), shapes, 8).memory
 
 
@@ -140,7 +145,7 @@ def test_the_command_warns_in_one_line_and_a_status():
         (
             {},
             ["--processes", "1"],
-            'command line: --stage: no "actor_model_name_or_path" is given; say whether it is rm or sft',
+            'command line: --stage: no "actor_model_name_or_path" is given; say whether it is rm, sft or update',
         ),
         (
             {"actor_model_name_or_path": "x"},

@@ -16,7 +16,9 @@ from alignment.runtime.argument_fields import Argument, argument, arguments_of
 from alignment.runtime.arguments import build_parser, read_json_object
 from alignment.runtime.faults import UsageError
 
-STAGES = ("ppo", "rm", "sft")
+STAGES = ("ppo", "rm", "sft", "update")
+RAGGED = "prompts have as many answers as the data give them"
+UPDATES, PAIRS = ("rjs", "rrhf", "dpo"), ("best_worst", "all")
 EVALUATION = ("no", "steps", "epoch")
 EVAL_MODES = ("", "single", "tensor_parallel")
 _SHAPES = ("model_config", "reward_model_config")  # options that an argument file may hold, for its dry run
@@ -48,7 +50,7 @@ class Options:
 class Sizes:
     """The stage's arguments that matter, as PaddleNLP and the stages name them."""
 
-    model_name_or_path: str | None = argument(None, "sft, rm: the model.", group=_MODEL)
+    model_name_or_path: str | None = argument(None, "sft, rm, update: the model.", group=_MODEL)
     actor_model_name_or_path: str | None = argument(None, "ppo: the policy.", group=_MODEL)
     reward_model_name_or_path: str | None = argument(None, "ppo: the reward model.", group=_MODEL)
     reward_critic_model_name_or_path: str | None = argument(None, "ppo: start of the critic.", group=_MODEL)
@@ -67,8 +69,10 @@ class Sizes:
     per_device_prompt_batch_size: int = argument(16, "ppo: prompts of an iteration.", group=_BATCH, ge=1)
     num_return_sequences: int = argument(1, "ppo: answers per prompt.", group=_BATCH, ge=1, aliases=("rollout_n",))
     rollout_batch_size: int = argument(64, "ppo: answers decoded at a time.", group=_BATCH, ge=1)
-    evaluation_strategy: str = argument("no", "sft, rm: when to evaluate.", group=_BATCH, choices=EVALUATION)
+    evaluation_strategy: str = argument("no", "sft, rm, update: when to evaluate.", group=_BATCH, choices=EVALUATION)
     ptx_coeff: float = argument(0.0, "ppo: above 0, texts are learnt too.", group=_BATCH, ge=0)
+    policy_update: str = argument("rjs", "update: which one.", group=_BATCH, choices=UPDATES)
+    dpo_pairs: str = argument("best_worst", "update, dpo: which answers are compared.", group=_BATCH, choices=PAIRS)
 
     bf16: bool = argument(False, "Compute in bfloat16.", group=_MEMORY)
     fp16_opt_level: str = argument("O1", "O2 keeps the weights in bfloat16.", group=_MEMORY, choices=("O1", "O2"))
@@ -88,6 +92,14 @@ class Sizes:
     sharding_degree: int = argument(-1, "An older name of it.", group=_LAYOUT)
     sharding: str = argument("", "What they share (ZeRO).", group=_LAYOUT, choices=tuple(SHARDING))
     sequence_parallel: bool = argument(False, "Also split what lies between the matrices.", group=_LAYOUT)
+
+    def sequences(self, stage: str) -> int | None:
+        """What a sample consists of: two answers of a pair; None: as many as the data have."""
+        if stage != "update":
+            return 2 if stage == "rm" else 1
+        if self.policy_update == "dpo" and self.dpo_pairs == "best_worst":
+            return 2
+        return 1 if self.policy_update == "rjs" else None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Sizes:

@@ -47,7 +47,7 @@ def memory_of(setting: Setting) -> tuple[Memory, ...]:
     phases: dict[str, Callable[[Setting, int], Iterator[Moment]]] = {"update": _update}
     if setting.stage == "ppo":
         phases = {"rollout": _rollout, "score": _judge, "update": _update}
-    elif setting.sizes.evaluation_strategy != "no":
+    elif setting.evaluates:
         phases["evaluate"] = _judge
     return tuple(
         replace(_resident(setting, name, stage), **max(moments(setting, stage), key=lambda parts: sum(parts.values())))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.parallel.layout import Layout, check_model, layers_of_stage
-from alignment.parallel.plan.arguments import Sizes
+from alignment.parallel.plan.arguments import RAGGED, Sizes
 from alignment.parallel.plan.shapes import ModelShape, find_config, read_shape
 from alignment.ppo.models.default import DEFAULT_MODEL_NAME
 from alignment.runtime.faults import UsageError
@@ -82,10 +82,13 @@ def models_of(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], layout
     """The models that the stage holds at once, trained ones first.
 
     Args: shapes: by argument, as ``find_shapes`` gives them.
-    Raises: UsageError for a model that the layout cannot divide, more unfrozen layers than it has, or LoRA.
+    Raises: UsageError for a model that the layout cannot divide, more unfrozen layers than it has, LoRA, or
+        samples of any size.
     """
     if sizes.lora:
         raise UsageError('"lora": true is not planned: set it to false for an upper bound')
+    if sizes.sequences(stage) is None:
+        raise UsageError(f'"policy_update": "{sizes.policy_update}" is not planned: {RAGGED}')
     for key, shape in shapes.items():
         try:
             check_model(shape, layout.tensor, layout.pipeline)

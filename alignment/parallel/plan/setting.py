@@ -59,9 +59,20 @@ class Setting:
         own, other = self.layout, self.rollout_layout
         return self.stage == "ppo" and (own.tensor, own.pipeline) != (other.tensor, other.pipeline)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether forward passes are made apart: to evaluate, and by dpo for the initial policy's log-probabilities."""
+        dpo = self.stage == "update" and self.sizes.policy_update == "dpo"
+        return self.stage == "ppo" or self.sizes.evaluation_strategy != "no" or dpo
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a sample."""
+        return self.sizes.sequences(self.stage)
+
     def activations(self, model: Model, rows: int, length: int) -> Activations:
-        """Of ``rows`` sequences, or in reward modelling pairs, of ``length`` tokens."""
-        rows = 2 * rows if self.stage == "rm" else rows
+        """Of ``rows`` samples, the sequences of ``length`` tokens."""
+        rows *= self.sequences
         return Activations(model.shape, self.layout, self.precision, rows, length)
 
     def learning(self) -> Iterator[Pass]:
@@ -73,13 +84,13 @@ class Setting:
             if not self.sizes.critic_shares_trunk:
                 yield Pass(self.models[1], self.activations(self.models[1], rows, both), 0)
         if self.stage != "ppo" or self.sizes.ptx_coeff > 0:
-            targets = 0 if policy.scores else rows * longest
+            targets = 0 if policy.scores else self.sequences * rows * longest
             yield Pass(policy, self.activations(policy, rows, longest), targets)
 
     def judging(self) -> Iterator[Pass]:
-        """The passes of ppo's scoring, and of rm's and sft's evaluation: forward only."""
+        """The passes of ppo's scoring, and of the others' evaluation: forward only."""
         rows = self.sizes.per_device_eval_batch_size
         length = self.prompt_length + self.answer_length if self.stage == "ppo" else self.sizes.max_length
-        targets = rows * (self.answer_length if self.stage == "ppo" else length)
+        targets = self.sequences * rows * (self.answer_length if self.stage == "ppo" else length)
         for model in self.models:
             yield Pass(model, self.activations(model, rows, length), 0 if model.scores else targets)
