@@ -313,3 +313,26 @@ def test_logged_answers(tmp_path):
     assert {picture.key for picture in draw_stage(stage)} == {"reward", "kl", "policy_loss", "value_loss", "lr"}
     changes = {row["label"]: row["change"] for row in headline(stage)}
     assert changes["Held-out reward"] == "+0.2" and changes["Loss on held-out logged answers"] == "-1"
+
+
+def test_policy_updates(tmp_path):
+    """DPO and RRHF are told by their metrics, RJS, which is supervised tuning, by what run.json says."""
+    for update, names in {
+        "dpo": ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "log_ratio"),
+        "rrhf": ("loss", "accuracy", "rank_loss", "sft_loss", "logps/chosen", "logps/rejected"),
+        "rjs": ("loss", "perplexity"),
+    }.items():
+        held_out = [{"step": step, **{f"eval/{name}": 1.0 + step for name in names}} for step in (0, 2)]
+        write_lines(tmp_path / update / "metrics.jsonl", [*held_out, {"step": 1, **dict.fromkeys(names, 0.5)}])
+    (tmp_path / "rjs" / "run.json").write_text(json.dumps({"stage": "update"}))
+    drawn = {}
+    for stage in read_stages(tmp_path):
+        assert stage.title == f"Policy update ({stage.directory.name})"
+        drawn[stage.directory.name] = [picture.key for picture in draw_stage(stage)]
+    assert drawn == {
+        "dpo": ["loss", "accuracy", "margin", "rewards", "logps", "log_ratio"],
+        "rrhf": ["loss", "accuracy", "logps", "rank_loss", "sft_loss"],
+        "rjs": ["loss"],
+    }
+    changes = {row["label"]: row["change"] for row in headline(read_stages(tmp_path / "dpo")[0])}
+    assert changes["Held-out accuracy"] == changes["Held-out margin of the implicit reward"] == "+2"

@@ -78,6 +78,10 @@ def _pair(train: str, held_out: str, errors: str | None = None) -> tuple[Curve, 
     return Curve(train, "training", TRAIN), Curve(held_out, "held-out", HELD_OUT, errors)
 
 
+def _sides(name: str) -> tuple[Curve, ...]:
+    return Curve(f"{name}/chosen", "chosen", THIRD), Curve(f"{name}/rejected", "rejected", EXTRA[1])
+
+
 PANELS = {
     "ppo": (
         Panel("reward", "Reward", "reward", _pair("rollout/reward_mean", "eval/reward_mean", "eval/reward_sem")),
@@ -115,13 +119,24 @@ PANELS = {
         Panel("margin", "Margin better - worse", "reward", _pair("margin", "eval/margin")),
     ),
     "sft": (Panel("loss", "Loss", "nats per token", _pair("loss", "eval/loss")),),
+    "update": (
+        Panel("loss", "Loss", "loss", _pair("loss", "eval/loss")),
+        Panel("accuracy", "Accuracy on pairs", "share ranked right", _pair("accuracy", "eval/accuracy")),
+        Panel("margin", "Implicit reward, chosen - rejected", "reward", _pair("rewards/margin", "eval/rewards/margin")),
+        Panel("rewards", "Held-out implicit rewards", "reward", _sides("eval/rewards")),
+        Panel("logps", "Held-out log-probabilities of answers", "nats (rrhf: per token)", _sides("eval/logps")),
+        Panel("log_ratio", "Log-ratio to the initial policy", "nats per answer", _pair("log_ratio", "eval/log_ratio")),
+        Panel("rank_loss", "Ranking term", "loss", _pair("rank_loss", "eval/rank_loss")),
+        Panel("sft_loss", "Best answer's cross-entropy", "nats per token", _pair("sft_loss", "eval/sft_loss")),
+    ),
 }
 LEARNING_RATE = Panel("lr", "Learning rate", "learning rate", (Curve("lr", "lr", TRAIN),))
 
 
 def draw_stage(stage: Stage) -> list[Picture]:
     """Every plot the stage's metrics allow."""
-    panels = [*PANELS[stage.kind], _component_panel(stage), LEARNING_RATE]
+    components = [] if stage.kind == "update" else [_component_panel(stage)]  # whose rewards/ are implicit ones
+    panels = [*PANELS[stage.kind], *components, LEARNING_RATE]
     with matplotlib.rc_context(STYLE):
         pictures = [
             _draw_panel(stage, panel) for panel in panels if any(c.metric in stage.metrics for c in panel.curves)

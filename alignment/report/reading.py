@@ -13,15 +13,21 @@ import numpy as np
 
 from alignment.runtime.faults import UsageError
 
-STAGE_ORDER = ("sft", "rm", "offline", "ppo")
-STAGE_TITLES = {"sft": "Supervised fine-tuning", "rm": "Reward model", "offline": "Logged answers", "ppo": "Online RL"}
+STAGE_ORDER = ("sft", "rm", "offline", "update", "ppo")
+STAGE_TITLES = {
+    "sft": "Supervised fine-tuning",
+    "rm": "Reward model",
+    "offline": "Logged answers",
+    "update": "Policy update",
+    "ppo": "Online RL",
+}
 
 
 @dataclass
 class Stage:
     """What one stage wrote.
 
-    kind: a key of STAGE_TITLES, told from the metrics' names.
+    kind: a key of STAGE_TITLES, as run.json says it, or else told from the metrics' names.
     metrics: {name: {step: value}}, finite values only; a step written twice (after a resume) keeps its last value.
     samples: rows of samples.jsonl in file order; run: run.json; notes: what was missing, for the reader.
     """
@@ -44,7 +50,7 @@ class Stage:
 
 
 def read_stages(output_dir: Path) -> list[Stage]:
-    """The stage in `output_dir`, or those in its direct sub-directories (sft, rm, offline, ppo first, then by name).
+    """The stage in `output_dir`, or those in its direct sub-directories (sft, rm, offline, update, ppo first, then by name).
 
     Raises UsageError when there is none or a file is corrupt.
     """
@@ -65,10 +71,11 @@ def read_stage(directory: Path) -> Stage:
     metrics = _gather_metrics(_read_lines(directory / "metrics.jsonl", ("step",), notes))
     if not metrics:
         raise UsageError(f"{directory / 'metrics.jsonl'}: no metrics yet")
-    kind, samples = _tell_kind(metrics), []
+    run, samples = _read_run(directory / "run.json", notes), []
+    kind = run["stage"] if run.get("stage") in STAGE_TITLES else _tell_kind(metrics)
     if kind == "ppo" or (directory / "samples.jsonl").exists():  # the other stages sample no answers
         samples = list(_read_lines(directory / "samples.jsonl", ("step", "prompt_id", "prompt", "answer"), notes))
-    return Stage(directory, kind, metrics, samples, _read_run(directory / "run.json", notes), notes)
+    return Stage(directory, kind, metrics, samples, run, notes)
 
 
 def _tell_kind(metrics: Iterable[str]) -> str:
@@ -77,6 +84,8 @@ def _tell_kind(metrics: Iterable[str]) -> str:
         return "offline"
     if names & {"eval/reward_mean", "rollout/reward_mean", "objective/kl", "loss/policy_avg"}:
         return "ppo"
+    if names & {"rewards/margin", "rank_loss"}:
+        return "update"
     return "rm" if names & {"eval/margin", "margin", "eval/accuracy"} else "sft"
 
 

@@ -37,6 +37,15 @@ HEADLINES = {  # metric -> label, in the order of the table's rows
         "loss": "Training loss",
     },
     "sft": {"eval/loss": "Held-out loss (nats per token)", "loss": "Training loss (nats per token)"},
+    "update": {
+        "eval/loss": "Held-out loss",
+        "eval/accuracy": "Held-out accuracy",
+        "eval/rewards/margin": "Held-out margin of the implicit reward",
+        "eval/logps/chosen": "Held-out log-probability, chosen answers",
+        "eval/logps/rejected": "Held-out log-probability, rejected answers",
+        "eval/log_ratio": "Log-ratio to the initial policy (nats per answer)",
+        "loss": "Training loss",
+    },
 }
 
 ERRORS = {  # metric -> its standard error
