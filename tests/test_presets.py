@@ -67,8 +67,8 @@ def test_passes_a_dry_run(path, monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr()
     assert shown.out.endswith("dry run: passed\n") and shown.err == ""
     planned = " needs " in shown.out
-    unplanned = "the plan knows ppo, rm, sft, update, not offline", "prompts have as many answers as the data give them"
-    assert planned or any(f"memory is not planned: {reason}" in shown.out for reason in unplanned)
+    reasons = "the plan knows ppo, rm, sft, update, not offline", "prompts have as many answers as the data give them"
+    assert planned or any(f"memory is not planned: {reason}" in shown.out for reason in reasons)
     assert output.exists() == existed and not list(tmp_path.iterdir())
 
 

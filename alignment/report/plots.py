@@ -122,7 +122,7 @@ PANELS = {
     "update": (
         Panel("loss", "Loss", "loss", _pair("loss", "eval/loss")),
         Panel("accuracy", "Accuracy on pairs", "share ranked right", _pair("accuracy", "eval/accuracy")),
-        Panel("margin", "Implicit reward, chosen - rejected", "reward", _pair("rewards/margin", "eval/rewards/margin")),
+        Panel("margin", "Margin chosen - rejected", "implicit reward", _pair("rewards/margin", "eval/rewards/margin")),
         Panel("rewards", "Held-out implicit rewards", "reward", _sides("eval/rewards")),
         Panel("logps", "Held-out log-probabilities of answers", "nats (rrhf: per token)", _sides("eval/logps")),
         Panel("log_ratio", "Log-ratio to the initial policy", "nats per answer", _pair("log_ratio", "eval/log_ratio")),

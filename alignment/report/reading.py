@@ -50,7 +50,7 @@ class Stage:
 
 
 def read_stages(output_dir: Path) -> list[Stage]:
-    """The stage in `output_dir`, or those in its direct sub-directories (sft, rm, offline, update, ppo first, then by name).
+    """The stage in `output_dir`, or those in its direct sub-directories (by STAGE_ORDER, then by name).
 
     Raises UsageError when there is none or a file is corrupt.
     """

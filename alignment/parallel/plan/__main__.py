@@ -31,7 +31,9 @@ def _stage(options: Options, sizes: Sizes) -> str:
     """The option, or what the file's model says; the two must not differ."""
     names_actor = sizes.actor_model_name_or_path is not None
     if options.stage is None and not names_actor:
-        raise UsageError('command line: --stage: no "actor_model_name_or_path" is given; say whether it is rm, sft or update')
+        raise UsageError(
+            'command line: --stage: no "actor_model_name_or_path" is given; say whether it is rm, sft or update'
+        )
     if options.stage and names_actor != (options.stage == "ppo"):
         given = "is" if names_actor else "is not"
         raise UsageError(f'command line: --stage: {options.stage}, but "actor_model_name_or_path" {given} given')

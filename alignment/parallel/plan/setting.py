@@ -61,7 +61,7 @@ class Setting:
 
     @property
     def evaluates(self) -> bool:
-        """Whether forward passes are made apart: to evaluate, and by dpo for the initial policy's log-probabilities."""
+        """Whether forward passes are made apart: to evaluate, and in dpo to ask the initial policy."""
         dpo = self.stage == "update" and self.sizes.policy_update == "dpo"
         return self.stage == "ppo" or self.sizes.evaluation_strategy != "no" or dpo
 
