@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -110,12 +110,8 @@ class Learner:
             part = experience.take(np.asarray(micro))
             parts.append((part, targets.take(np.asarray(micro), part.response_ids.shape[1])))
         own = engine.accumulate([micro_batch(*part, tokens) for part in parts], idle_rounds(len(rows), size))
-        total: Sums = Counter()
-        differences = [0.0]
-        for sums, difference in chain(*gather_objects(own)):
-            total.update(sums)
-            differences.append(difference)
-        return total, float(np.max(differences))
+        sums, differences = zip(*chain(*gather_objects(own)), strict=True)
+        return add_up(sums), float(np.max(differences))
 
     def _policy_micro_batch(self, part: Experience, targets: Targets, tokens: float) -> MicroBatch:
         """The policy's loss, and the value loss too where the critic is a head on the policy."""
@@ -198,6 +194,14 @@ def _weigh(
         total, largest = total + weight * loss, max(largest, difference)
         sums.update(own)
     return total, (sums, largest)
+
+
+def add_up(reports: Iterable[Sums]) -> Sums:
+    """One Counter of them all; values may be negative, which ``+`` of Counters would drop."""
+    total: Sums = Counter()
+    for sums in reports:
+        total.update(sums)
+    return total
 
 
 def steps_per_iteration(args: Any) -> int:

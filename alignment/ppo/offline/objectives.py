@@ -15,11 +15,10 @@ from alignment.parallel.pipeline import MicroBatch
 from alignment.ppo import losses
 from alignment.ppo.collect import as_tensors, pack_experience, response_values
 from alignment.ppo.experience import Experience, Targets
-from alignment.ppo.learner import policy_loss
+from alignment.ppo.learner import Sums, add_up, policy_loss
 from alignment.ppo.models.policy import response_log_probs
 from alignment.training.batches import own_micro_batches
 
-Sums = Counter[str]
 # (some answers, their targets, actions of the whole optimizer step) -> a micro-batch whose report is Sums
 Objective = Callable[[Experience, Targets, float], MicroBatch]
 
@@ -71,7 +70,4 @@ def micro_batches(
 
 def sum_up(reports: Iterable[Sums]) -> Sums:
     """The sum of the reports of all processes."""
-    total: Sums = Counter()
-    for sums in chain(*gather_objects(list(reports))):
-        total.update(sums)
-    return total
+    return add_up(chain(*gather_objects(list(reports))))
