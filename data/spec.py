@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -47,6 +48,15 @@ class DatasetSpec:
         """Those of the samples' indices, int64, that belong to ``part``."""
         number, parts = self.part
         return candidates[candidates % parts == number - 1]
+
+    def choose(self, candidates: np.ndarray, seed: int, name: str | None = None) -> np.ndarray:
+        """Which of ``candidates`` (indices, int64) to take, in order: whole copies, then a part drawn by ``seed``.
+
+        Args: name: of the data set, which the draw depends on too, but not on what it is mixed with; default: own.
+        """
+        copies, rest = divmod(self.size(len(candidates)), len(candidates))
+        rng = np.random.default_rng([seed, zlib.crc32((name or self.name).encode())])
+        return np.concatenate([*[candidates] * copies, np.sort(rng.permutation(candidates)[:rest])])
 
     def size(self, available: int) -> int:
         """How many samples to take when ``available`` exist; more than ``available`` means repeats."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -164,11 +163,7 @@ class TokenizedDataset:
             raise DataError(f"dataset {spec.name!r}: part {spec.part[0]} of {spec.part[1]} has no sample")
         self.report.sources.append(spec.name)
         self.report.unusable += raw.skipped
-        copies, rest = divmod(spec.size(len(candidates)), len(candidates))
-        # Keyed by the name, so that a data set's part does not depend on what it is mixed with.
-        rng = np.random.default_rng([self.seed, zlib.crc32((raw.NAME or spec.name).encode())])
-        chosen = np.concatenate([*[candidates] * copies, np.sort(rng.permutation(candidates)[:rest])])
-        for place in chosen.tolist():
+        for place in spec.choose(candidates, self.seed, raw.NAME).tolist():
             self._store(self.encode(raw[place], raw.describe(place)), raw, place)
 
     def _store(self, item: dict[str, Any] | None, raw: RawDataset, place: int) -> None:

@@ -1,1 +1,1 @@
-"""Adversarial preference optimization (arXiv:2311.08045): data tools, policy updates, and the rounds of the game."""
+"""Adversarial preference optimisation (arXiv:2311.08045): data tools, policy updates, and the game's rounds."""

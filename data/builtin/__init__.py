@@ -1,5 +1,5 @@
 """The data sets that come with the toolkit; importing this package registers them."""
 
-from data.builtin import alpaca, apo, excerpt, hh, local, safe_rlhf, tldr
+from data.builtin import alpaca, apo, apo_samples, excerpt, hh, local, safe_rlhf, tldr
 
-__all__ = ["alpaca", "apo", "excerpt", "hh", "local", "safe_rlhf", "tldr"]
+__all__ = ["alpaca", "apo", "apo_samples", "excerpt", "hh", "local", "safe_rlhf", "tldr"]

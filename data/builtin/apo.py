@@ -19,11 +19,15 @@ def split_text(text: str) -> tuple[list[str], str] | None:
     if not separator:
         turns = parse_transcript(text)
         return (turns[:-1], turns[-1]) if turns and len(turns) % 2 == 0 else None
+    return query_turns(query), answer.strip()
+
+
+def query_turns(query: str) -> list[str]:
+    """The turns of a prompt: a text, or a transcript that may already hold the "Assistant:" of the answer."""
     turns = parse_transcript(query)
     if turns is None:
-        return [query.strip()], answer.strip()
-    # A query may already hold the "Assistant:" that the answer follows.
-    return (turns if len(turns) % 2 else turns[:-1]), answer.strip()
+        return [query.strip()]
+    return turns if len(turns) % 2 else turns[:-1]
 
 
 class APODataset(RowDataset):
