@@ -28,7 +28,7 @@ class Converted(NamedTuple):
 
 
 def convert(
-    golden: list[Placed[Golden]], samples: list[Placed[Samples]], sampling: bool = False, seed: int = 0
+    golden: list[Placed], samples: list[Placed], sampling: bool = False, seed: int = 0
 ) -> Converted:
     """Each golden answer over each sample to the same query, or over one drawn by ``seed``; in the samples' order.
 
@@ -68,7 +68,7 @@ def cut(answer: str) -> str:
     return answer.split(NEXT_TURN, 1)[0].strip()
 
 
-def read_golden(source: str, seed: int) -> list[Placed[Golden]]:
+def read_golden(source: str, seed: int) -> list[Placed]:
     """The golden answers of a file, or the better answers of a registered data set.
 
     Raises: UsageError or DataError if ``source`` is neither, or lacks an answer.
@@ -85,7 +85,7 @@ def read_golden(source: str, seed: int) -> list[Placed[Golden]]:
     return found
 
 
-def _check_query(golden: Placed[Golden], samples: Placed[Samples]) -> None:
+def _check_query(golden: Placed, samples: Placed) -> None:
     query = golden.item.query
     if query is not None and query.strip() != samples.item.query.strip():
         raise UsageError(

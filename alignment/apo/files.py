@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -14,17 +15,17 @@ from alignment.apo.schemas import ANSWERS, Comparison, Golden, Item, Samples, Sc
 from alignment.runtime.faults import UsageError
 
 ItemType = TypeVar("ItemType", bound=Item | Scores)
-_DECODER_SPACE = " \t\n\r"
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
-class Placed(NamedTuple, Generic[ItemType]):
-    """An item, and where it was found: "file, line 3" or "file, item 2 (line 7)"."""
+class Placed(NamedTuple):
+    """An item of one of the schemas, and where it was found: "file, line 3" or "file, item 2 (line 7)"."""
 
-    item: ItemType
+    item: Any
     where: str
 
 
-def read_items(path: str | Path, schema: type[ItemType]) -> list[Placed[ItemType]]:
+def read_items(path: str | Path, schema: type[ItemType]) -> list[Placed]:
     """All items of a file: the entries of one JSON array, or one JSON object a line.
 
     Raises: UsageError for a file that cannot be read, has no items, or has one that ``schema`` refuses.
@@ -32,7 +33,7 @@ def read_items(path: str | Path, schema: type[ItemType]) -> list[Placed[ItemType
     return [Placed(check_item(schema, values, where), where) for where, values in _read_objects(Path(path))]
 
 
-def read_answers(path: str | Path) -> list[Placed[Samples]] | list[Placed[Golden]] | list[Placed[Comparison]]:
+def read_answers(path: str | Path) -> list[Placed]:
     """As ``read_items`` of a file with answers; the columns of its first item say which kind it is."""
     objects = _read_objects(Path(path))
     where, first = objects[0]
@@ -59,12 +60,12 @@ def check_item(schema: type[ItemType], values: Any, where: str) -> ItemType:
         raise UsageError(f"{where}: {_describe(fault, values)}") from None
 
 
-def index_by_query(entries: Sequence[Placed[ItemType]]) -> tuple[dict[str, Placed[ItemType]], int]:
+def index_by_query(entries: Sequence[Placed]) -> tuple[dict[str, Placed], int]:
     """The items by query_id, and how many were left out because an equal one stands before them.
 
     Raises: UsageError, naming both places, for two different items with one query_id.
     """
-    found: dict[str, Placed[ItemType]] = {}
+    found: dict[str, Placed] = {}
     for entry in entries:
         other = found.setdefault(entry.item.query_id, entry)
         if other.item != entry.item:
@@ -150,9 +151,7 @@ def _decode(decoder: json.JSONDecoder, text: str, start: int, where: str) -> tup
 
 def _skip(text: str, place: int) -> int:
     """Where the next thing begins that is no white space."""
-    while text[place : place + 1] in _DECODER_SPACE and place < len(text):
-        place += 1
-    return place
+    return _SPACE.match(text, place).end()
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

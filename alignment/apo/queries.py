@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignment.apo.files import index_by_query, read_answers
+from alignment.apo.files import Placed, index_by_query, read_answers
 from alignment.apo.schemas import Comparison
 from alignment.ppo.reference_answers import better_answer
 from alignment.runtime.console import say
@@ -19,13 +19,15 @@ from data.builtin.apo import SEPARATOR, query_turns
 
 
 class Query(NamedTuple):
-    """A prompt by its name in the files; text: as the files have it; answer: the data set's own good answer, or None.
+    """A prompt by its name in the files.
 
-    where: for messages.
+    text: as the files have it; turns: what it says, user first and last; answer: the data set's own good answer, or
+    None; where: for messages.
     """
 
     query_id: str
     text: str
+    turns: list[str]
     answer: str | None
     where: str
 
@@ -48,7 +50,8 @@ def load_queries(datasets: Any, seed: int) -> list[Query]:
             if query_id in found:
                 raise UsageError(f'datasets: "{spec.name}" is named twice, and both have a sample {query_id!r}')
             where = raw.describe(place)
-            found[query_id] = Query(query_id, as_text(raw[place], where), better_answer(raw[place]), where)
+            text = as_text(raw[place], where)
+            found[query_id] = Query(query_id, text, query_turns(text), better_answer(raw[place]), where)
     return list(found.values())
 
 
@@ -66,7 +69,12 @@ def read_queries(path: str | Path) -> list[Query]:
     found, repeated = index_by_query(entries)
     if repeated:
         say(f"{path}: {repeated} repeated items left out")
-    return [Query(query_id, entry.item.query, None, entry.where) for query_id, entry in found.items()]
+    return [as_query(entry, entry.item.query) for entry in found.values()]
+
+
+def as_query(entry: Placed, text: str) -> Query:
+    """The query of an item, which ``text`` is."""
+    return Query(entry.item.query_id, text, query_turns(text), None, entry.where)
 
 
 def as_text(sample: RawSample, where: str) -> str:
@@ -94,20 +102,7 @@ def draw_number(query_id: str) -> int:
     return int.from_bytes(hashlib.sha256(query_id.encode()).digest()[:7], "big")
 
 
-class QueryDataset(PromptOnlyDataset):
-    """Items of queries, one each unless it is too long; ``prompt_id`` is the query's place. See PromptOnlyDataset.
-
-    Equal prompts stay, for each has a name of its own.
-    """
-
-    def __init__(self, queries: Sequence[Query], tokenizer: Any, **options: Any) -> None:
-        super().__init__([(_Raw(queries), 1.0)], tokenizer, **options)
-
-    def choose_candidates(self, raw: RawDataset) -> np.ndarray:
-        return np.arange(len(raw))
-
-
-class _Raw(RawDataset):
+class Queries(RawDataset):
     """Queries as raw samples."""
 
     def __init__(self, queries: Sequence[Query]) -> None:
@@ -115,13 +110,26 @@ class _Raw(RawDataset):
 
     def __getitem__(self, index: int) -> RawSample:
         query = self.queries[index]
-        return RawSample(input=query_turns(query.text), query_id=query.query_id)
+        return RawSample(input=query.turns, query_id=query.query_id)
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def describe(self, index: int) -> str:
         return self.queries[index].where
+
+
+class QueryDataset(PromptOnlyDataset):
+    """Items of queries, one each unless it is too long; ``prompt_id`` is the query's place. See PromptOnlyDataset.
+
+    Equal prompts stay, for each has a name of its own.
+    """
+
+    def __init__(self, queries: Sequence[Query], tokenizer: Any, **options: Any) -> None:
+        super().__init__([(Queries(queries), 1.0)], tokenizer, **options)
+
+    def choose_candidates(self, raw: RawDataset) -> np.ndarray:
+        return np.arange(len(raw))
 
 
 def _first_of_equals(raw: RawDataset) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from alignment.apo.files import Placed, index_by_query
-from alignment.apo.schemas import Comparison, Samples, Scores, Selected
+from alignment.apo.schemas import Comparison, Samples, Selected
 from alignment.runtime.faults import UsageError
 from data.builtin.apo import SEPARATOR
 from data.builtin.apo_samples import ANSWER
@@ -15,7 +15,7 @@ from data.builtin.apo_samples import ANSWER
 MODES = ("best", "pairs", "ranking")
 
 
-def read_scores(entries: Iterable[Placed[Scores]]) -> tuple[dict[str, dict[str, float]], int]:
+def read_scores(entries: Iterable[Placed]) -> tuple[dict[str, dict[str, float]], int]:
     """{query_id: {answer key: score}}, and how many scores a later, different one of the same answer replaced."""
     found: dict[str, dict[str, float]] = {}
     replaced = 0
@@ -44,7 +44,7 @@ def rank(answers: Mapping[str, str], scores: Mapping[str, float], keep_duplicate
 
 
 def select(
-    samples: list[Placed[Samples]],
+    samples: list[Placed],
     scores: Mapping[str, Mapping[str, float]],
     mode: str = "best",
     min_margin: float = 0.0,
@@ -84,7 +84,7 @@ def select(
     return chosen, counts
 
 
-def _own_scores(entry: Placed[Samples], scores: Mapping[str, float]) -> dict[str, float]:
+def _own_scores(entry: Placed, scores: Mapping[str, float]) -> dict[str, float]:
     """The scores of an item's answers, in the answers' order: of all that are not empty, or of none."""
     item, where = entry
     own = {key: scores[key] for key in item.answers if key in scores}

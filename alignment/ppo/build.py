@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alignment.ppo.load import ACTOR, ModelLoader, Models
+import paddle
+
+from alignment.ppo.load import ACTOR, ModelLoader
 from alignment.ppo.models.tokenizer import Tokenizer, load_tokenizer
 from alignment.ppo.offload import Offload
 from alignment.ppo.rewards import FunctionReward, RewardSource, ServerReward
@@ -38,7 +40,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> PPOTrainer:
         check_positions("max_new_tokens", model, longest + args.max_new_tokens)
     if ptx_set is not None:
         check_positions("max_length", models.actor, max(len(item["input_ids"]) for item in ptx_set))
-    sampling = sampling_of(args, models)
+    sampling = sampling_of(args, models.actor, tokenizer)
     if sampling.is_truncated:
         say("notice: top_p, top_k, repetition_penalty or min_new_tokens shape sampling, but not the ratio and the KL")
     return PPOTrainer(args, models, offload, sampling, prompts, eval_prompts, ptx_set, policy)
@@ -61,16 +63,16 @@ def _load_texts(data_args: Any, args: Any, tokenizer: Tokenizer) -> SupervisedDa
     return texts
 
 
-def sampling_of(args: Any, models: Models) -> SamplingParameters:
+def sampling_of(args: Any, policy: paddle.nn.Layer, tokenizer: Tokenizer) -> SamplingParameters:
     """An answer ends at the tokenizer's EOS, or at one that the model's configuration names."""
-    configured = models.actor.config.eos_token_id
+    configured = policy.config.eos_token_id
     configured = configured if isinstance(configured, list | tuple) else [configured]
-    ends = [models.tokenizer.eos_token_id, *(token for token in configured if token is not None)]
+    ends = [tokenizer.eos_token_id, *(token for token in configured if token is not None)]
     return SamplingParameters(
         max_new_tokens=args.max_new_tokens,
         min_new_tokens=args.min_new_tokens,
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        pad_token_id=models.tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,

@@ -133,14 +133,8 @@ class ModelLoader:
     def _scorer(self, key: str, load: Callable[[str], paddle.nn.Layer]) -> ModelReward | None:
         """The reward model or the judge, if argument ``key`` names one."""
         name = getattr(self.model_args, key)
-        return name and ModelReward(
-            load_named(key, load, name),
-            load_named(key, load_tokenizer, name),
-            self.tokenizer,
-            batch_size=self.args.per_device_eval_batch_size,
-            add_special_tokens=get_template(self.data_args.prompt_template).add_special_tokens,
-            name=SCORERS[key],
-        )
+        how = (self.tokenizer, self.data_args.prompt_template, self.args.per_device_eval_batch_size)
+        return name and load_scorer(key, name, load, *how)
 
     def _let_go(self, scorer: ModelReward | None) -> ModelReward | None:
         """It may leave the device until it scores: in every iteration, or the judge at evaluations alone."""
@@ -168,3 +162,20 @@ class ModelLoader:
     @property
     def _recomputes_critic(self) -> bool:
         return self.args.recompute if self.args.critic_recompute is None else self.args.critic_recompute
+
+
+def load_scorer(
+    key: str, name: str, load: Callable[[str], paddle.nn.Layer], tokenizer: Tokenizer, template: str, batch_size: int
+) -> ModelReward:
+    """The reward model ``name``, of answers to prompts that ``tokenizer`` and ``template`` have written.
+
+    Args: key: the argument that names it; load: reads its weights; batch_size: sequences of a forward pass.
+    """
+    return ModelReward(
+        load_named(key, load, name),
+        load_named(key, load_tokenizer, name),
+        tokenizer,
+        batch_size=batch_size,
+        add_special_tokens=get_template(template).add_special_tokens,
+        name=SCORERS[key],
+    )

@@ -18,6 +18,7 @@ import paddle.distributed as dist
 
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.gloo import meet
+from alignment.parallel.pipeline import Pipeline
 from alignment.parallel.topology import topology
 from alignment.ppo.models.loading import build_policy
 from alignment.ppo.models.lora import insert_adapters, is_adapted, plain_parameters
@@ -36,7 +37,7 @@ class Sampler:
     """The policy as it answers prompts, with this process's part of them.
 
     Args:
-        actor: the policy that is trained; its weights are what ``refresh`` copies.
+        actor: the policy that is trained, or a fixed one; its weights are what ``refresh`` copies.
         eval_mode: as the argument of that name.
         batch_size: answers decoded at a time.
         use_fusemt: as the argument of that name.
@@ -48,7 +49,7 @@ class Sampler:
 
     def __init__(
         self,
-        actor: TrainingEngine,
+        actor: TrainingEngine | Pipeline,
         eval_mode: str | None,
         batch_size: int,
         use_fusemt: bool = True,

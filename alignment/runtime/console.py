@@ -26,6 +26,8 @@ HEADLINES = {  # metric: its short name beside the bar
     "loss/policy_avg": "policy",
     "loss/value_avg": "value",
     "perf/iteration_s": "s/step",
+    "perf/drawn_tokens_per_s": "tokens/s",
+    "perf/answers_per_s": "answers/s",
 }
 _PLAIN_LINES = 20  # a run without a terminal prints about so many progress lines
 _PLAIN_WIDTH = 110

@@ -69,7 +69,8 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> OfflineTrainer:
     _check_lengths(models, args, train, held_out, prompts)
     learner = build_learner(args, models, offload, train, held_out, answers=prompts is not None)
     win_rate = WinRate(models.judge_name) if models.judge and prompts else None
-    return OfflineTrainer(args, tokenizer, learner, prompts, sampling_of(args, models), win_rate, policy)
+    sampling = sampling_of(args, models.actor, tokenizer)
+    return OfflineTrainer(args, tokenizer, learner, prompts, sampling, win_rate, policy)
 
 
 def build_learner(
