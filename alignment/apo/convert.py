@@ -17,6 +17,7 @@ from data import load_dataset_modules
 from data.builtin.apo import SEPARATOR
 from data.comparison import APO
 
+DESCRIPTION = "Writes golden answers over a policy's samples, as comparisons to train a reward model on."
 NEXT_TURN = "\nHuman"  # where a model that does not stop begins to ask itself
 
 
@@ -100,7 +101,7 @@ def _compare(item: Samples, best: str, answer: str) -> Comparison:
 
 def main() -> None:
     """Convert what the command line names; one line says what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.apo.convert", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m alignment.apo.convert", description=DESCRIPTION)
     parser.add_argument(
         f"--{GOLDEN}",
         required=True,

@@ -59,7 +59,7 @@ class ResumableOutput:
         elif self.output.exists():
             raise self._refuse("exists already; name another")
         batches = _read_whole_lines(self.partial)
-        if not batches:
+        if len(batches) < 2:  # nothing is finished
             try:
                 self.output.parent.mkdir(parents=True, exist_ok=True)
                 self.partial.write_text("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -58,9 +59,11 @@ def select(
             answers alone, best first; pairs: a comparison of the best with the worst answer, where they differ.
         min_margin: least difference between the scores of the best and the worst answer.
 
-    Raises: UsageError for an answer without a score beside others that have one, different items of one query_id,
-        or if nothing is left.
+    Raises: UsageError for a bad ``min_margin``, an answer without a score beside others that have one, different items
+        of one query_id, or if nothing is left.
     """
+    if not 0 <= min_margin < math.inf:
+        raise UsageError(f"min_margin: {min_margin} is not allowed; it must be a finite number >= 0")
     items, repeated = index_by_query(samples)
     unknown = len(scores.keys() - items.keys())
     chosen, counts = [], Counter({"repeated items": repeated, "scored queries without samples": unknown})

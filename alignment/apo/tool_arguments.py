@@ -41,10 +41,6 @@ class ToolArguments:
     )  # fmt: skip
     fp16_opt_level: ClassVar[str] = "O2"  # bf16: the weights themselves
 
-    output_file: str = argument(dataclasses.MISSING, "File to write: .json or .jsonl.", group="Output")
-    overwrite_output_file: bool = argument(
-        False, "Replace output_file, and forget what an unfinished run has done for it.", group="Output"
-    )
     input_file: str | None = argument(None, "File to read: .json or .jsonl.", group="Data")
     dataset_modules: list[str] = like(DataArguments, "dataset_modules")
     prompt_template: str = like(DataArguments, "prompt_template")
@@ -63,6 +59,10 @@ class ToolArguments:
     )
     bf16: bool = argument(False, "Compute in bfloat16; needs a GPU.", group="Precision and memory")
     device: str = like(StageArguments, "device")
+    output_file: str = argument(dataclasses.MISSING, "File to write: .json or .jsonl.", group="Output")
+    overwrite_output_file: bool = argument(
+        False, "Replace output_file, and forget what an unfinished run has done for it.", group="Output"
+    )
     disable_tqdm: bool = argument(False, "No progress bar.", group="Output")
     log_level: str = like(StageArguments, "log_level")
 

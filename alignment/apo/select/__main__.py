@@ -13,10 +13,12 @@ from alignment.apo.schemas import Samples, Scores
 from alignment.apo.selection import MODES, read_scores, select
 from alignment.runtime.faults import run_main
 
+DESCRIPTION = "Writes, of scored samples, what a policy learns from."
+
 
 def main() -> None:
     """Select from what the command line names; one line says what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.apo.select", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m alignment.apo.select", description=DESCRIPTION)
     parser.add_argument("--samples", required=True, help="file of a policy's answers")
     parser.add_argument("--scores", required=True, help="file of their scores")
     parser.add_argument("--output", required=True, help="file to write: .json or .jsonl")
