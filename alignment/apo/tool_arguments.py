@@ -50,9 +50,7 @@ class ToolArguments:
         group="Data",
         choices=("prompt", "drop", "error"),
     )
-    max_prompt_len: int = argument(
-        2048, "Longest prompt, in tokens.", group="Data", ge=1, aliases=("max_src_len",)
-    )
+    max_prompt_len: int = argument(2048, "Longest prompt, in tokens.", group="Data", ge=1, aliases=("max_src_len",))
     tensor_parallel_degree: int = argument(-1, "Processes that share each large matrix; -1: 1.", group="Parallelism")
     pipeline_parallel_degree: int = argument(
         -1, "Processes that share the layers, one stage each; -1: 1.", group="Parallelism"
@@ -110,9 +108,7 @@ class SampleArguments(ToolArguments):
     seed: int = argument(42, "Seed of the answers.", group="Sampling", ge=0, lt=2**32)
     num_return_sequences: int = argument(4, "Answers a query.", group="Sampling", ge=1)
     temperature: float = argument(1.0, "Sampling temperature; 0: always the likeliest token.", group="Sampling", ge=0)
-    top_p: float = argument(
-        1.0, "Sample from the likeliest tokens of this mass.", group="Sampling", gt=0, le=1
-    )
+    top_p: float = argument(1.0, "Sample from the likeliest tokens of this mass.", group="Sampling", gt=0, le=1)
     top_k: int = argument(0, "Sample from this many likeliest tokens; 0: all.", group="Sampling", ge=0)
     repetition_penalty: float = argument(1.0, "Divides the logits of tokens seen before.", group="Sampling", gt=0)
     min_new_tokens: int = argument(1, "Shortest answer, its end included.", group="Sampling", ge=1)

@@ -219,8 +219,8 @@ def assert_same_in_layout(project, do, processes, *words):
         script = CHECKOUT / f"alignment/apo/run_{tool.__name__}.py"
         output = f"{tool.__name__}_many.jsonl"
         (project / output).unlink(missing_ok=True)
-        words = ("--output_file", output, *words)
-        status, shown = run(project, tool.__name__, *words, processes=processes, script=script)
+        own = ("--output_file", output, *words)
+        status, shown = run(project, tool.__name__, *own, processes=processes, script=script)
         assert status == 0, shown
         if tool is sample:
             assert (project / output).read_bytes() == expected
