@@ -16,6 +16,7 @@ from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
 from data import DataError, PromptOnlyDataset, RawDataset, RawSample, parse_specs
 from data.builtin.apo import SEPARATOR, query_turns
+from data.tokenized import is_text_list, shorten
 
 
 class Query(NamedTuple):
@@ -82,18 +83,15 @@ def as_text(sample: RawSample, where: str) -> str:
 
     Raises: DataError for a prompt that ``query_turns`` would not read back from it.
     """
-    value = sample.get("input")
-    turns = [value] if isinstance(value, str) else list(value or ())
-    if len(turns) == 1:
-        text = turns[0].strip()
-    else:
+    turns = [turn.strip() for turn in _turns(sample, where)]
+    text = turns[0]
+    if len(turns) > 1:
         roles = ("Human", "Assistant")
-        text = "".join(f"\n\n{roles[place % 2]}: {turn.strip()}" for place, turn in enumerate(turns))
-        text += "\n\nAssistant:"
+        text = "".join(f"\n\n{roles[place % 2]}: {turn}" for place, turn in enumerate(turns)) + "\n\nAssistant:"
     if sample.get("system") is not None:
         raise DataError(f"{where}: field 'system': APO's files have no place for a system message")
-    if not text or SEPARATOR in text or query_turns(text) != [turn.strip() for turn in turns]:
-        raise DataError(f"{where}: field 'input': APO's files cannot hold the prompt {value!r:.60}")
+    if not text or SEPARATOR in text or query_turns(text) != turns:
+        raise DataError(f"{where}: field 'input': APO's files cannot hold the prompt {sample['input']!r:.60}")
     return text
 
 
@@ -136,8 +134,13 @@ def _first_of_equals(raw: RawDataset) -> np.ndarray:
     """int64: the places of samples whose prompt none before them has."""
     first: dict[tuple[str | None, ...], int] = {}
     for place, sample in enumerate(raw):
-        value = sample.get("input")
-        if value is None:
-            raise DataError(f"{raw.describe(place)}: field 'input' is missing; a prompt is needed")
-        first.setdefault((sample.get("system"), *([value] if isinstance(value, str) else value)), place)
+        first.setdefault((sample.get("system"), *_turns(sample, raw.describe(place))), place)
     return np.array(list(first.values()), dtype=np.int64)
+
+
+def _turns(sample: RawSample, where: str) -> list[str]:
+    value = sample.get("input")
+    turns = [value] if isinstance(value, str) else value
+    if not is_text_list(turns):
+        raise DataError(f"{where}: field 'input' must be a text or a list of texts, got {shorten(value)}")
+    return list(turns)

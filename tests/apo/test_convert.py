@@ -10,10 +10,11 @@ import pytest
 
 from alignment.apo.convert import convert, cut, main, read_golden
 from alignment.apo.files import Placed, read_items
+from alignment.apo.queries import QueryDataset, load_queries, read_queries
 from alignment.apo.schemas import Comparison, Golden, Samples
 from alignment.ppo.models.tokenizer import load_tokenizer
 from alignment.runtime.faults import UsageError
-from data import ComparisonDataset, DataError, RawDataset
+from data import ComparisonDataset, DataError, PromptOnlyDataset, RawDataset
 from data.builtin.apo import query_turns
 from tests.stages import write_tokenizer
 
@@ -60,6 +61,10 @@ def test_all_pairs_of_the_original_tool(files, monkeypatch, capsys):
     write_tokenizer(files[-1].parent / "tokenizer")
     items = ComparisonDataset(f"apo:1.0:{files[-1]}", load_tokenizer(files[-1].parent / "tokenizer"))
     assert [(item["is_apo"], item["scores"].tolist()) for item in items] == [(True, [1.0, 0.0])] * 5
+    queries = QueryDataset(read_queries(files[3]), items.tokenizer)
+    for item, query in zip(items, [queries[0]] * 4 + [queries[1]], strict=True):
+        for row in item["input_ids"]:  # the reward model reads the prompt that the policy answered
+            assert row[: item["prompt_length"]].tolist() == query["input_ids"].tolist()
 
 
 def test_one_sample_a_query_by_the_seed(files, monkeypatch):
@@ -130,10 +135,21 @@ def test_better_answers_of_a_data_set_stand_in_for_golden_ones(tmp_path, monkeyp
     assert entry.item.text == ["q3<sep>good 3", "q3<sep>sample"] and entry.item.query_id == "local/4"
 
 
+def test_queries_of_a_data_set_are_those_of_ppo(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer, mixture = load_tokenizer(tmp_path), "hh-excerpt/train:0.3,hh-excerpt/test:5/-1"
+    ours = QueryDataset(load_queries(mixture, seed=7), tokenizer, max_length=60)
+    theirs = PromptOnlyDataset(mixture, tokenizer, max_length=60, seed=7)
+    assert len(ours) == len(theirs) == 129 and ours.report.shortened == theirs.report.shortened > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["prompt"] == other["prompt"] and one["prompt_id"] == other["prompt_id"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"prompt": "q"}, "field 'answer' is missing"),
+        ({"input": 3, "answer": "a"}, "field 'input' must be a text or a list of texts, got 3"),
         ({"input": "q", "system": "Be kind.", "answer": "a"}, "field 'system': APO's files have no place"),
         ({"input": "Human: q<sep>", "answer": "a"}, "cannot hold the prompt"),
         ({"input": ["a", "b\n\nHuman: c", "d"], "answer": "a"}, "cannot hold the prompt"),
