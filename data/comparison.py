@@ -21,9 +21,16 @@ class ComparisonDataset(TokenizedDataset):
     From ``answers`` with ``scores``, or from ``answer``, ``other_answer`` and ``better``, which count as scores 1 and
     0. Of answers with equal tokens the one with the highest score stays. A sample without two different scores
     compares nothing and is left out. ``source`` is the place in ``report.sources``.
+
+    Arguments
+      sep_token_id: a token between prompt and answer, which counts as the prompt's last; None: there is none.
     """
 
     NEEDS = ("input", "answers", "scores")
+
+    def __init__(self, *args: Any, sep_token_id: int | None = None, **kwargs: Any) -> None:
+        self.separator = [] if sep_token_id is None else [sep_token_id]
+        super().__init__(*args, **kwargs)
 
     def encode(self, sample: RawSample, where: str) -> dict[str, Any] | None:
         """See TokenizedDataset.encode."""
@@ -36,13 +43,14 @@ class ComparisonDataset(TokenizedDataset):
         if not self.is_informative(list(best.values())):
             self.report.identical += 1
             return None
-        prompt = self.fit_prompt(sample, where, max(map(len, best)))
-        if prompt is None:
+        fitting = self.fit_prompt(sample, where, len(self.separator) + max(map(len, best)))
+        if fitting is None:
             return None
+        prompt = fitting[1] + self.separator
         return {
-            "input_ids": [np.array([*prompt[1], *ids], dtype=np.int32) for ids in best],
+            "input_ids": [np.array([*prompt, *ids], dtype=np.int32) for ids in best],
             "scores": np.array(list(best.values()), dtype=np.float32),
-            "prompt_length": len(prompt[1]),
+            "prompt_length": len(prompt),
             "is_apo": sample.get("type") == APO,
         }
 

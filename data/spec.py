@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ class DatasetSpec:
         if isinstance(self.dataset, str):
             return self.dataset
         return self.dataset.NAME or type(self.dataset).__name__
+
+    def label(self, mixture: Iterable[DatasetSpec]) -> str:
+        """The name, and where ``mixture`` has others of that name, the file's name too: ``apo:pairs.json``."""
+        alike = [spec for spec in mixture if spec.name == self.name]
+        return f"{self.name}:{Path(self.path).name}" if self.path and len(alike) > 1 else self.name
 
     def load(self) -> RawDataset:
         """The raw data set itself."""

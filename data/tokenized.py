@@ -56,8 +56,9 @@ class TokenizedDataset:
         self.template = get_template(template)
         self.report = TruncationReport(type(self).__name__, max_length=max_length)
         self._items: list[dict[str, Any]] = []
-        for spec in parse_specs(datasets):
-            self._add(spec)
+        specs = parse_specs(datasets)
+        for spec in specs:
+            self._add(spec, spec.label(specs))
         self.report.kept = len(self._items)
         if not self._items:
             raise DataError(f"no sample is left; {self.report.summary()}")
@@ -152,7 +153,7 @@ class TokenizedDataset:
 
     # Mixing ------------------------------------------------------------------------------------------------------
 
-    def _add(self, spec: DatasetSpec) -> None:
+    def _add(self, spec: DatasetSpec, label: str) -> None:
         if spec.count == 0 or spec.proportion == 0:
             return
         raw = spec.load()
@@ -161,7 +162,7 @@ class TokenizedDataset:
         candidates = spec.select(self.choose_candidates(raw))
         if len(candidates) == 0:
             raise DataError(f"dataset {spec.name!r}: part {spec.part[0]} of {spec.part[1]} has no sample")
-        self.report.sources.append(spec.name)
+        self.report.sources.append(label)
         self.report.unusable += raw.skipped
         for place in spec.choose(candidates, self.seed, raw.NAME).tolist():
             self._store(self.encode(raw[place], raw.describe(place)), raw, place)

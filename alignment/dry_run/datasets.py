@@ -18,13 +18,14 @@ STAND_INS = {
 }
 
 
-def few_rows(values: Mapping[str, Any]) -> tuple[dict[str, list[DatasetSpec]], list[str]]:
+def few_rows(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The data arguments of a dry run, and a line for each that others stand in for.
 
     Raises: DataError as in a real run: an unknown name, a proportion that is none, a module that fails.
     """
     load_dataset_modules(values["dataset_modules"])
-    taken, notes = {}, []
+    taken: dict[str, Any] = {}
+    notes = []
     for key, stand_in in STAND_INS.items():
         if not values.get(key):
             continue
@@ -36,6 +37,8 @@ def few_rows(values: Mapping[str, Any]) -> tuple[dict[str, list[DatasetSpec]], l
         if missing and stand_in not in {spec.name for spec in here}:
             here.append(DatasetSpec(stand_in))
         taken[key] = [replace(spec, count=_rows(spec)) for spec in here]
+        if missing and key == "train_datasets" and values.get("sampling_weights"):
+            taken["sampling_weights"] = None  # they name the data sets
     return taken, notes
 
 

@@ -1,20 +1,39 @@
 """Reward-model objectives and score normalisers as pure functions and plain state: no model, no I/O.
 
-P pairs; each has an answer that people found better and one they found worse. ``denominator`` is the number of pairs
-of the whole optimizer step, over all micro-batches and ranks; default: the pairs of this batch. Equal answers give
-log 2 and no gradient under both ranking losses.
+P pairs; each has an answer that people found better and one they found worse, or, in APO (arXiv:2311.08045), a golden
+answer and a policy's sample. A comparison of more answers is all its ordered pairs. Sums over pairs are divided by
+their number in the whole optimizer step, over all micro-batches and ranks.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
 from alignment.ppo.controllers import RunningMoments
 from alignment.ppo.losses import masked_mean, masked_sum, mean_variance
+
+APO_LOSS_TYPES = ("ranking", "diff")
+
+
+class PairCounts(NamedTuple):
+    """How many pairs of either kind: the denominators of the two terms of ``comparison_loss``."""
+
+    human: int
+    apo: int
+
+
+class Objective(NamedTuple):
+    """What the two kinds of pairs weigh, in the names of APO's code, and the loss of APO's."""
+
+    rm_kl_coeff: float = 1.0
+    apo_loss_coeff: float = 0.0
+    apo_sample_num: int = 1
+    apo_loss_type: str = "ranking"
 
 
 class TokenScores(NamedTuple):
@@ -25,9 +44,34 @@ class TokenScores(NamedTuple):
     compared: Tensor  # bool: from the first token that differs to the end of the longer answer
 
 
-def sequence_ranking_loss(better: Tensor, worse: Tensor, denominator: float | Tensor | None = None) -> Tensor:
-    """Bradley-Terry loss: mean over pairs of -log sigmoid(better - worse); end scores [P]."""
-    return _mean_over_pairs(-F.log_sigmoid(better - worse), denominator)
+def compared_pairs(item: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (better, worse), both int64 [P], of all ordered pairs of one item with score_better > score_worse.
+
+    Args: item: int64 [N], whose answer a row is; scores: float [N]. Tied scores give no pair.
+    """
+    return np.nonzero((item[:, None] == item[None, :]) & (scores[:, None] > scores[None, :]))
+
+
+def pair_losses(margins: Tensor, is_diff: Tensor | None = None) -> Tensor:
+    """-log sigmoid(margin) (Bradley-Terry; APO's GAIL-like loss), or -margin (WGAN-like) where ``is_diff``.
+
+    Args: margins: score of the better answer less that of the worse, any shape; is_diff: bool, default nowhere.
+    """
+    losses = -F.log_sigmoid(margins)
+    return losses if is_diff is None else paddle.where(is_diff, -margins, losses)
+
+
+def comparison_loss(losses: Tensor, is_apo: Tensor, counts: PairCounts, objective: Objective) -> Tensor:
+    """rm_kl_coeff * mean over human pairs + apo_loss_coeff / apo_sample_num * mean over APO pairs; a scalar.
+
+    APO's equation 17, its first term being what stands for the KL to people's preferences. Each mean has a
+    denominator of its own; a kind without pairs adds 0.
+
+    Args: losses: [P], of ``pair_losses`` or ``token_pair_losses``; is_apo: bool [P]; counts: of the optimizer step.
+    """
+    human = masked_mean(losses, ~is_apo, counts.human)
+    apo = masked_mean(losses, is_apo, counts.apo)
+    return objective.rm_kl_coeff * human + objective.apo_loss_coeff / objective.apo_sample_num * apo
 
 
 def align_token_scores(
@@ -58,12 +102,16 @@ def _hold_last(scores: Tensor, mask: Tensor) -> Tensor:
     return paddle.take_along_axis(scores, paddle.minimum(position, last), axis=1)
 
 
-def token_ranking_loss(scores: TokenScores, denominator: float | Tensor | None = None) -> Tensor:
-    """Mean over pairs of the mean of -log sigmoid(better_t - worse_t) over the compared positions."""
-    losses = -F.log_sigmoid(_compared(scores.better, scores) - _compared(scores.worse, scores))
-    per_pair = _mean_over_compared(losses, scores.compared)
-    equal = ~scores.compared.any(axis=1)
-    return _mean_over_pairs(paddle.where(equal, F.softplus(paddle.zeros_like(per_pair)), per_pair), denominator)
+def token_pair_losses(scores: TokenScores, is_diff: Tensor | None = None) -> Tensor:
+    """[P]: mean of ``pair_losses`` of better_t - worse_t over the compared positions; of equal answers at margin 0.
+
+    Args: is_diff: bool [P].
+    """
+    is_diff = None if is_diff is None else is_diff.unsqueeze(1)
+    margins = _compared(scores.better, scores) - _compared(scores.worse, scores)
+    per_pair = _mean_over_compared(pair_losses(margins, is_diff), scores.compared)
+    at_zero = pair_losses(paddle.zeros_like(margins[:, :1]), is_diff).squeeze(1)
+    return paddle.where(~scores.compared.any(axis=1), at_zero, per_pair)
 
 
 def score_regularization(

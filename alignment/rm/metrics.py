@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import minimize_scalar
+
+TEMPERATURES = (0.01, 100.0)  # within which one is looked for: a model that ranks every pair right wants 0
 
 
 class Calibration(NamedTuple):
@@ -53,7 +57,7 @@ def calibration_curve(
     margins, outcomes = np.asarray(margins, np.float64), np.asarray(outcomes, np.float64)
     if both_orders:
         margins, outcomes = np.concatenate([margins, -margins]), np.concatenate([outcomes, 1 - outcomes])
-    probabilities = 0.5 * (1 + np.tanh(margins / 2))  # sigmoid without overflow
+    probabilities = sigmoid(margins)
     index = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
     summed = (np.ones_like(margins), probabilities, outcomes)
     return Calibration(*(np.bincount(index, weights, minlength=bins) for weights in summed))
@@ -66,3 +70,29 @@ def calibration_errors(curve: Calibration) -> dict[str, float]:
     mean_gaps = gaps / curve.count[filled]
     ece, ace, mce = gaps.sum() / curve.count.sum(), mean_gaps.mean(), mean_gaps.max()
     return {"ece": float(ece), "ace": float(ace), "mce": float(mce)}
+
+
+def negative_log_likelihood(margins: np.ndarray) -> float:
+    """Mean of -log sigmoid(margin): what people's choices cost a model with these better - worse, float [N]."""
+    return float(np.logaddexp(0.0, -np.asarray(margins, np.float64)).mean())
+
+
+def fit_temperature(margins: np.ndarray) -> float:
+    """The T within TEMPERATURES that minimises ``negative_log_likelihood(margins / T)`` (Guo et al., 2017).
+
+    Args: margins: better - worse of held-out pairs, float [N]. Dividing by T changes no ranking.
+    """
+    margins = np.asarray(margins, np.float64)
+    bounds = tuple(math.log(limit) for limit in TEMPERATURES)
+    found = minimize_scalar(
+        lambda exponent: negative_log_likelihood(margins * math.exp(-exponent)),
+        bounds=bounds,
+        method="bounded",
+        options={"xatol": 1e-8},
+    )
+    return math.exp(found.x)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) without overflow, float64."""
+    return 0.5 * (1 + np.tanh(np.asarray(x, np.float64) / 2))

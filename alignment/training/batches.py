@@ -32,8 +32,49 @@ class BatchSchedule:
 
     def __call__(self, step: int) -> np.ndarray:
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [count]: the samples of an epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightedSchedule(BatchSchedule):
+    """Batches of samples from several sources, each source's share being its weight's, whatever its size.
+
+    The shares hold exactly in each epoch of ``count`` samples (to the rounding of one sample), and in each step on
+    average. Of a source, no sample comes again before all its others have come: a large one goes on through several
+    epochs, a small one comes several times in one.
+
+    source: int [count], where each sample is from; weights: one a source, >= 0, and 0 where it has no sample.
+    """
+
+    source: np.ndarray
+    weights: Sequence[float]
+
+    def order(self, epoch: int) -> np.ndarray:
+        shares = self._shares()
+        drawn = [self._draw(number, epoch * share, share) for number, share in enumerate(shares.tolist())]
+        return np.random.default_rng([self.seed, epoch]).permutation(np.concatenate(drawn))
+
+    def _shares(self) -> np.ndarray:
+        """int64 [sources]: samples an epoch, which add up to ``count``, by the largest remainders."""
+        exact = self.count * np.array(self.weights) / np.sum(self.weights)
+        shares = np.floor(exact).astype(np.int64)
+        largest = np.argsort(shares - exact, kind="stable")[: self.count - shares.sum()]
+        shares[largest] += 1
+        return shares
+
+    def _draw(self, number: int, start: int, share: int) -> np.ndarray:
+        """The samples ``start`` to ``start + share`` of a source's endless row of shuffled passes."""
+        own = np.flatnonzero(self.source == number)
+        if share == 0:
+            return own[:0]
+        passes = range(start // len(own), (start + share - 1) // len(own) + 1)
+        shuffled = [np.random.default_rng([self.seed, one, number + 1]).permutation(own) for one in passes]
+        offset = start - passes[0] * len(own)
+        return np.concatenate(shuffled)[offset : offset + share]
 
 
 def deal(items: Sequence[Item], length: Callable[[Item], int], index: int, count: int) -> list[Item]:

@@ -121,7 +121,7 @@ def check_positions(key: str, model: paddle.nn.Layer, tokens: int) -> None:
 
 
 def load_dataset(
-    kind: type, datasets: Any, data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
+    kind: Callable[..., Any], datasets: Any, data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
 ) -> Any:
     """A tokenised data set of ``kind`` (data.SupervisedDataset, ...) over ``datasets``, by the stage's arguments.
 
@@ -138,7 +138,7 @@ def load_dataset(
 
 
 def load_data(
-    kind: type, data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
+    kind: Callable[..., Any], data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
 ) -> tuple[Any, Any]:
     """Training and held-out data sets, each as ``load_dataset`` gives it; held-out None where none is asked."""
     load_dataset_modules(data_args.dataset_modules)

@@ -62,13 +62,13 @@ class StageTrainer(ABC):
         """Tokens of one sample, to batch like with like."""
 
     @abstractmethod
-    def count(self, items: Iterable[dict]) -> int:
-        """What these samples add to the loss's denominator: their label tokens, or pairs."""
+    def count(self, items: Iterable[dict]) -> Any:
+        """What these samples make the loss's denominator: their label tokens, or pairs of each kind."""
 
     @abstractmethod
-    def micro_batch(self, batch: Arrays, denominator: float) -> MicroBatch:
-        """A collated batch ready to run: its loss, divided by the global ``denominator``, and as report the loss's
-        value and rows for ``describe``, one a sample."""
+    def micro_batch(self, batch: Arrays, denominator: Any) -> MicroBatch:
+        """A collated batch ready to run: its loss, divided by the global ``denominator`` (of ``count``), and as report
+        the loss's value and rows for ``describe``, which those of all micro-batches are joined to."""
 
     @abstractmethod
     def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
@@ -116,10 +116,14 @@ class StageTrainer(ABC):
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on all held-out samples, every process working on its share."""
+        """Metrics on all held-out samples."""
+        return self.describe(*self.run_held_out())
+
+    def run_held_out(self) -> tuple[float, Arrays]:
+        """Loss and rows of all held-out samples, every process working on its share."""
         items = list(self.eval_set)
         reports = self.engine.pipeline.forward(self._micro_batches(items, self.args.per_device_eval_batch_size))
-        return self.describe(*_over_processes(reports))
+        return _over_processes(reports)
 
     def _micro_batches(self, items: list[dict], size: int) -> list[MicroBatch]:
         denominator = self.count(items)

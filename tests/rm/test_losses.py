@@ -72,27 +72,112 @@ def token_loss_loop(pairs: dict[str, np.ndarray]) -> float:
     return total / len(pairs["better_ids"])
 
 
-class TestSequenceRanking:
+COUNTS, RANKING = losses.PairCounts(2, 2), losses.Objective(0.5, 0.3, 4)
+
+
+def is_true(x) -> paddle.Tensor:
+    return paddle.to_tensor(np.asarray(x, bool))
+
+
+class TestPairs:
+    def test_all_ordered_pairs_of_an_item_and_none_of_ties(self):
+        # item 0: 2 > 1, 2 > 1; item 1: 0.5 > 0, and nothing between the items; item 2: tied
+        item, scores = np.array([0, 0, 0, 1, 1, 2, 2]), np.array([1.0, 2.0, 1.0, 0.0, 0.5, 3.0, 3.0])
+        better, worse = losses.compared_pairs(item, scores)
+        assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(1, 0), (1, 2), (4, 3)]
+
     def test_hand_worked(self):
-        # margins ln 3 and 0: sigmoid 3/4 and 1/2, so (ln 4/3 + ln 2) / 2
-        loss = losses.sequence_ranking_loss(f64([math.log(3), 1.0]), f64([0.0, 1.0]))
-        assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+        # margins ln 3 and -ln 3: sigmoid 3/4 and 1/4, so ln 4/3 and ln 4; as a difference -ln 3 and ln 3
+        margins = f64([math.log(3), -math.log(3)])
+        expected = [math.log(4 / 3), math.log(4)]
+        np.testing.assert_allclose(losses.pair_losses(margins).numpy(), expected)
+        difference = losses.pair_losses(margins, is_true([False, True])).numpy()
+        np.testing.assert_allclose(difference, [math.log(4 / 3), math.log(3)])
 
-    def test_gradient_is_minus_sigmoid_of_the_negative_margin(self):
-        better = f64([math.log(3), -800.0])
-        better.stop_gradient = False
-        loss = losses.sequence_ranking_loss(better, f64([0.0, 0.0]))
-        loss.backward()
-        assert loss.item() == pytest.approx((math.log(4 / 3) + 800) / 2)  # linear, not infinite, far on the wrong side
-        np.testing.assert_allclose(better.grad.numpy(), [-0.125, -0.5])
+    def test_gradient_is_minus_sigmoid_of_the_negative_margin_or_minus_one(self):
+        margins = f64([math.log(3), -800.0, -800.0])
+        margins.stop_gradient = False
+        each = losses.pair_losses(margins, is_true([False, False, True]))
+        each.sum().backward()
+        np.testing.assert_allclose(each.numpy()[1:], 800.0)  # linear, not infinite, far on the wrong side
+        np.testing.assert_allclose(margins.grad.numpy(), [-0.25, -1.0, -1.0])
 
-    def test_micro_batches_add_up_and_an_empty_one_adds_nothing(self):
-        better, worse = np.random.default_rng(0).normal(0, 1, (2, 5))
-        whole = losses.sequence_ranking_loss(f64(better), f64(worse)).item()
-        slices = (slice(0), slice(2), slice(2, None))
-        parts = [losses.sequence_ranking_loss(f64(better[s]), f64(worse[s]), 5).item() for s in slices]
-        assert parts[0] == 0 and sum(parts) == pytest.approx(whole)
-        assert losses.sequence_ranking_loss(f64([]), f64([])).item() == 0
+
+class TestComparisonLoss:
+    def test_hand_worked(self):
+        # human ln 4/3 and ln 2, APO's ln 4 and ln 4/3 (ranking) or ln 3 and -ln 3 (difference, whose mean is 0)
+        margins, is_apo = f64([math.log(3), 0.0, -math.log(3), math.log(3)]), is_true([0, 0, 1, 1])
+        human, apo = (math.log(4 / 3) + math.log(2)) / 2, (math.log(4) + math.log(4 / 3)) / 2
+        ranking = losses.comparison_loss(losses.pair_losses(margins), is_apo, COUNTS, RANKING)
+        assert ranking.item() == pytest.approx(0.5 * human + 0.3 / 4 * apo)
+        difference = losses.comparison_loss(losses.pair_losses(margins, is_apo), is_apo, COUNTS, RANKING)
+        assert difference.item() == pytest.approx(0.5 * human)
+
+    def test_a_kind_without_pairs_adds_nothing(self):
+        none = losses.PairCounts(0, 2)
+        apo = losses.comparison_loss(f64([1.0, 3.0]), is_true([1, 1]), none, RANKING)
+        assert apo.item() == pytest.approx(0.3 / 4 * 2)
+        empty = losses.comparison_loss(f64([]), is_true([]), losses.PairCounts(0, 0), RANKING)
+        assert empty.item() == 0
+
+    @quick
+    @given(seeds, st.sampled_from(losses.APO_LOSS_TYPES), st.integers(1, 6))
+    def test_equals_numpy_with_its_slopes_however_items_are_split(self, seed, kind, batches):
+        rng = np.random.default_rng(seed)
+        item = np.repeat(np.arange(6), rng.integers(2, 6, 6))  # 2 to 5 answers each
+        scores, is_apo = rng.integers(0, 3, len(item)).astype(float), rng.random(6) < 0.5
+        z = rng.normal(0, 2, len(item))
+        objective = losses.Objective(rng.uniform(0, 2), rng.uniform(0, 2), int(rng.integers(1, 5)), kind)
+        expected = apo_loss_loop(z, item, scores, is_apo, objective)
+        counts = count_pairs_loop(item, scores, is_apo)
+        parts = np.array_split(rng.permutation(6), batches)
+        total, slopes = 0.0, np.zeros(len(z))
+        for part in parts:
+            rows = np.flatnonzero(np.isin(item, part))
+            value, slope = run_comparison(z[rows], item[rows], scores[rows], is_apo, counts, objective)
+            total, slopes[rows] = total + value, slope
+        assert total == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        for row in range(0, len(z), 5):
+            step = np.eye(len(z))[row] * 1e-5
+            ends = [apo_loss_loop(z + sign * step, item, scores, is_apo, objective) for sign in (1, -1)]
+            assert slopes[row] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-8)
+
+
+def run_comparison(z, item, scores, is_apo, counts, objective) -> tuple[float, np.ndarray]:
+    """The loss of some items' answers, and its gradient."""
+    leaf = f64(z)
+    leaf.stop_gradient = False
+    better, worse = losses.compared_pairs(item, scores)
+    if not len(better):
+        return 0.0, np.zeros(len(z))
+    apo = is_true(is_apo[item[better]])
+    margins = leaf[paddle.to_tensor(better)] - leaf[paddle.to_tensor(worse)]
+    each = losses.pair_losses(margins, apo if objective.apo_loss_type == "diff" else None)
+    loss = losses.comparison_loss(each, apo, counts, objective)
+    loss.backward()
+    return loss.item(), leaf.grad.numpy()
+
+
+def count_pairs_loop(item, scores, is_apo) -> losses.PairCounts:
+    counts = [0, 0]
+    for i in range(len(item)):
+        for j in range(i):
+            counts[int(is_apo[item[i]])] += item[i] == item[j] and scores[i] != scores[j]
+    return losses.PairCounts(*map(int, counts))
+
+
+def apo_loss_loop(z, item, scores, is_apo, objective) -> float:
+    """The formula, pair by pair; the sign of the score difference says which way."""
+    sums, counts = [0.0, 0.0], count_pairs_loop(item, scores, is_apo)
+    for i in range(len(z)):
+        for j in range(i):
+            if item[i] != item[j] or scores[i] == scores[j]:
+                continue
+            margin = (z[i] - z[j]) * np.sign(scores[i] - scores[j])
+            diff = is_apo[item[i]] and objective.apo_loss_type == "diff"
+            sums[int(is_apo[item[i]])] += -margin if diff else np.logaddexp(0, -margin)
+    weights = (objective.rm_kl_coeff, objective.apo_loss_coeff / objective.apo_sample_num)
+    return sum(w * s / n for w, s, n in zip(weights, sums, counts, strict=True) if n)
 
 
 class TestTokenRanking:
@@ -110,9 +195,10 @@ class TestTokenRanking:
         # gaps 1 - 0.5 and 2 - 0.5: the ended answer keeps its last score; its padding scores 9 are never read
         scores, leaves = align(self.PAIR, gradients=True)
         assert scores.compared.tolist() == [[False, False, True, True, False]]
-        loss = losses.token_ranking_loss(scores)
+        loss = losses.token_pair_losses(scores).mean()
         loss.backward()
         assert loss.item() == pytest.approx((softplus(-0.5) + softplus(-1.5)) / 2)
+        assert losses.token_pair_losses(scores, is_true([True])).tolist() == [-1.0]  # (-0.5 - 1.5) / 2
         slopes = [1 / (1 + math.exp(gap)) / 2 for gap in (0.5, 1.5)]
         np.testing.assert_allclose(leaves[0].grad.numpy(), [[0, 0, -slopes[0], -slopes[1], 0]])
         np.testing.assert_allclose(leaves[1].grad.numpy(), [[0, 0, sum(slopes), 0, 0]])
@@ -125,17 +211,17 @@ class TestTokenRanking:
     def test_equal_answers_give_log_two_and_no_gradient(self):
         same = self.PAIR | {f"worse_{field}": self.PAIR[f"better_{field}"] for field in ("ids", "mask", "scores")}
         scores, leaves = align(same, gradients=True)
-        loss = losses.token_ranking_loss(scores)
+        loss = losses.token_pair_losses(scores).sum()
         loss.backward()
-        assert loss.item() == pytest.approx(math.log(2))
+        assert loss.item() == pytest.approx(math.log(2)) == losses.pair_losses(f64(0.0)).item()
         assert all((leaf.grad.numpy() == 0).all() for leaf in leaves)
-        assert losses.sequence_ranking_loss(f64([2.0]), f64([2.0])).item() == pytest.approx(loss.item())
 
     @quick
     @given(seed=seeds)
     def test_equals_the_loop(self, seed):
         pairs = make_pairs(seed)
-        assert losses.token_ranking_loss(align(pairs)[0]).item() == pytest.approx(token_loss_loop(pairs), rel=1e-9)
+        found = losses.token_pair_losses(align(pairs)[0]).mean().item()
+        assert found == pytest.approx(token_loss_loop(pairs), rel=1e-9)
 
     @quick
     @given(seed=seeds, garbage=st.sampled_from([math.nan, math.inf, -1e30]))
@@ -149,27 +235,12 @@ class TestTokenRanking:
         results = []
         for case in (pairs, spoilt):
             scores, leaves = align(case, gradients=True)
-            loss = losses.token_ranking_loss(scores)
+            loss = losses.token_pair_losses(scores).sum()
             loss = loss + losses.score_regularization(scores.better, scores.worse, scores.compared)
             loss.backward()
             results.append((loss.item(), *(leaf.grad.numpy() for leaf in leaves)))
         for clean, dirty in zip(*results, strict=True):
             np.testing.assert_array_equal(clean, dirty)
-
-    @quick
-    @given(seed=seeds, cut=st.integers(0, 4))
-    def test_micro_batches_add_up(self, seed, cut):
-        pairs = make_pairs(seed)
-
-        def run(rows, denominator):
-            scores, leaves = align(pairs, rows, gradients=True)
-            loss = losses.token_ranking_loss(scores, denominator)
-            loss.backward()
-            return loss.item(), leaves[0].grad.numpy()
-
-        whole, parts = run(slice(None), None), [run(rows, 4) for rows in (slice(cut), slice(cut, None))]
-        assert sum(part[0] for part in parts) == pytest.approx(whole[0])
-        np.testing.assert_allclose(np.concatenate([part[1] for part in parts]), whole[1], atol=1e-12)
 
 
 class TestRegularization:

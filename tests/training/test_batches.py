@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from alignment.parallel.layout import Layout
 from alignment.parallel.topology import Topology
 from alignment.training import batches
-from alignment.training.batches import BatchSchedule, deal, idle_rounds, own_micro_batches
+from alignment.training.batches import BatchSchedule, WeightedSchedule, deal, idle_rounds, own_micro_batches
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 counts, sizes, seeds = st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1)
@@ -121,3 +121,19 @@ def test_all_processes_of_a_model_work_on_the_same_samples(lengths, micro_batch_
 def test_one_process_gets_everything():
     assert own_micro_batches(["ccc", "a", "bb", "dddd", "e"], len, 2) == [["a", "e"], ["bb", "ccc"], ["dddd"]]
     assert idle_rounds(5, 2) == 0
+
+
+@quick
+@given(counts, seeds, st.lists(st.integers(0, 5), min_size=2, max_size=4), st.integers(0, 2**31))
+def test_weighted_sources_have_their_shares_and_use_every_sample_in_turn(count, seed, weights, other):
+    source = np.random.default_rng(other).integers(0, len(weights), count)
+    weights = [weight * bool((source == place).any()) for place, weight in enumerate(weights)]
+    if not any(weights):
+        return
+    schedule = WeightedSchedule(count=count, batch_size=3, seed=seed, source=source, weights=weights)
+    drawn = [np.concatenate(epoch_of(schedule, epoch)) for epoch in range(3)]
+    for place, weight in enumerate(weights):
+        shares = [int((source[part] == place).sum()) for part in drawn]
+        assert len(set(shares)) == 1 and abs(shares[0] - count * weight / sum(weights)) < 1
+        times = np.bincount(np.concatenate(drawn), minlength=count)[source == place]
+        assert times.size == 0 or times.max() - times.min() <= 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paddlenlp.transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
+from alignment.ppo.models.pooling import POOLING_TYPES
 from alignment.runtime.faults import UsageError
 
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config}
@@ -103,6 +104,7 @@ def check_supported(fields: dict, path: Path) -> None:
         "use_sliding_window": (None, False),
         "attention_bias": (None, False),
         "mlp_bias": (None, False),
+        "pooling_type": (None, *POOLING_TYPES),  # of a reward model
     }
     for name, values in allowed.items():
         value = fields.get(name)

@@ -52,7 +52,7 @@ def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dt
     architectures = SCORE_ARCHITECTURE if score else CAUSAL_ARCHITECTURE
     fields = config_fields(config, architectures[config.model_type], stored)
     if score:
-        names = ("score_type", "do_normalize", "score_mean", "score_var")
+        names = ("score_type", "do_normalize", "score_mean", "score_var", "pooling_type", "sep_token_id")
         fields |= {name: getattr(model, name) for name in names}
     else:
         special = {name: fields[name] for name in _SPECIAL_IDS if name in fields}

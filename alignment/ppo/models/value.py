@@ -13,6 +13,7 @@ from alignment.ppo.models.config import SCORE_ARCHITECTURE, read_config
 from alignment.ppo.models.loading import TIED_HEAD, build, resolve_model_directory
 from alignment.ppo.models.placement import WHOLE, Placement
 from alignment.ppo.models.policy import hidden_states, trunk
+from alignment.ppo.models.pooling import last_positions, pool, take
 from alignment.ppo.models.sharing import build_sharing
 from alignment.ppo.models.weights import WeightFiles, load_weights
 from alignment.runtime.faults import UsageError
@@ -29,6 +30,8 @@ class ScoreModel(nn.Layer):
         score_type: "reward" or "critic".
         do_normalize: whether scores are shifted and scaled by ``score_mean`` and ``score_var``.
         score_mean, score_var: statistics that a reward model's training measured; saved in config.json.
+        pooling_type: which states a reward model's score is made of (alignment.ppo.models.pooling); saved likewise.
+        sep_token_id: the token that a reward model wants between prompt and answer, or None; saved likewise.
         head_is_new: the head was initialised here, not read from a checkpoint.
     """
 
@@ -44,6 +47,7 @@ class ScoreModel(nn.Layer):
         self.score_type = score_type
         self.do_normalize = False
         self.score_mean, self.score_var = 0.0, 1.0
+        self.pooling_type, self.sep_token_id = "eos", None
         self.head_is_new = True
 
     def forward(self, input_ids: paddle.Tensor, attention_mask: paddle.Tensor) -> paddle.Tensor:
@@ -54,9 +58,18 @@ class ScoreModel(nn.Layer):
         return self.scores(hidden_states(self, input_ids, attention_mask))
 
     def scores(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        """float32 [B, L] from final hidden states [B, L, H]; normalised if ``do_normalize``."""
+        """float32 [...] from final hidden states [..., H]; normalised if ``do_normalize``."""
         scores = self.score_head(hidden).squeeze(-1).astype("float32")
         return (scores - self.score_mean) / self.score_var**0.5 if self.do_normalize else scores
+
+    def answer_scores(
+        self, hidden: paddle.Tensor, input_ids: paddle.Tensor, attention_mask: paddle.Tensor
+    ) -> paddle.Tensor:
+        """A reward model's scores float32 [B] of prompts with their answers; a row's depends on no other row.
+
+        Args: final hidden states [B, L, H], int64 [B, L], bool [B, L] (True at real tokens, padded on either side).
+        """
+        return self.scores(pool(hidden, input_ids, attention_mask, self.pooling_type, self.config.eos_token_id))
 
 
 def end_scores(scores: paddle.Tensor, attention_mask: paddle.Tensor) -> paddle.Tensor:
@@ -66,9 +79,7 @@ def end_scores(scores: paddle.Tensor, attention_mask: paddle.Tensor) -> paddle.T
         scores: float32 [B, L]; attention_mask: bool [B, L] with at least one True a row.
     Returns: float32 [B].
     """
-    positions = paddle.arange(scores.shape[1], dtype="int64")
-    last = paddle.where(attention_mask, positions, paddle.zeros_like(positions)).max(axis=-1)
-    return paddle.take_along_axis(scores, last.unsqueeze(-1), axis=-1).squeeze(-1)
+    return take(scores, last_positions(attention_mask))
 
 
 def load_value(
@@ -134,6 +145,8 @@ def build_score_model(
     model = ScoreModel(build_trunk() if shared is None else build_sharing(build_trunk, shared), score_type, placement)
     if placement.is_last:
         model.score_head.to(dtype=dtype)
+    if score_type == "reward" and getattr(config, "pooling_type", None):  # not of a language model
+        model.pooling_type, model.sep_token_id = config.pooling_type, config.sep_token_id
     return model
 
 

@@ -1,4 +1,4 @@
-"""Rewards from a trained reward model: its score at the last token of prompt + response."""
+"""Rewards from a trained reward model: its score of prompt + response, read as its training read answers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import paddle
 
 from alignment.parallel.pipeline import MicroBatch
 from alignment.ppo.models.policy import passes_of
-from alignment.ppo.models.value import end_scores
 from alignment.ppo.rewards.base import RewardBatch, RewardSource, check_rewards
 from alignment.runtime.faults import RunError
 
 
 class ModelReward(RewardSource):
-    """Scores with a ScoreModel, read at the last token; every process that holds a part of it scores along.
+    """Scores with a ScoreModel, pooled as its pooling_type says; every process that holds a part of it scores along.
 
     With one vocabulary for actor and reward model the sampled ids are scored as they are; otherwise prompt text and
     response text are tokenised apart with the reward model's tokenizer, as its training data was. Either way a
-    finished response ends with the reward tokenizer's EOS and a truncated one does not.
+    finished response ends with the reward tokenizer's EOS and a truncated one does not. A model with a sep_token_id
+    gets that token between the two.
     """
 
     is_divided = True
@@ -41,6 +41,7 @@ class ModelReward(RewardSource):
         self.model = score_model
         self.pipeline = passes_of(score_model)
         self.tokenizer = reward_tokenizer
+        self.separator = [] if score_model.sep_token_id is None else [score_model.sep_token_id]
         self.batch_size = batch_size
         self.add_special_tokens = add_special_tokens
         self.shares_vocabulary = actor_tokenizer is not None and (
@@ -72,7 +73,7 @@ class ModelReward(RewardSource):
         response = batch.response_ids[index].tolist()
         if batch.finished[index]:  # the actor may stop at another EOS id than the one the reward model was trained on
             response = response[:-1] + [self.tokenizer.eos_token_id]
-        return batch.prompt_ids[index].tolist() + response
+        return batch.prompt_ids[index].tolist() + self.separator + response
 
     def _ids_from_text(self, batch: RewardBatch, index: int) -> list[int]:
         eos = self.tokenizer.eos_token_id
@@ -80,7 +81,7 @@ class ModelReward(RewardSource):
         if self.add_special_tokens and prompt[-1:] == [eos]:  # as the data sets do: the prompt is not the end
             prompt.pop()
         response = list(self.tokenizer(batch.responses[index], add_special_tokens=False)["input_ids"])
-        return prompt + response + [eos] * bool(batch.finished[index])
+        return prompt + self.separator + response + [eos] * bool(batch.finished[index])
 
     def _check_lengths(self, sequences: list[list[int]]) -> None:
         if not all(sequences):
@@ -96,9 +97,9 @@ class ModelReward(RewardSource):
         mask = np.arange(lengths.max())[None, :] < lengths[:, None]
         input_ids = np.zeros(mask.shape, dtype=np.int64)  # any id will do where the mask is False
         input_ids[mask] = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences])
-        attention_mask = paddle.to_tensor(mask)
+        tokens = paddle.to_tensor(input_ids), paddle.to_tensor(mask)
 
         def finish(hidden: paddle.Tensor) -> tuple[None, np.ndarray]:
-            return None, end_scores(self.model.scores(hidden), attention_mask).numpy()
+            return None, self.model.answer_scores(hidden, *tokens).numpy()
 
-        return MicroBatch(paddle.to_tensor(input_ids), attention_mask, finish)
+        return MicroBatch(*tokens, finish)
