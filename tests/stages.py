@@ -65,6 +65,18 @@ class ScoredAnimals(Animals):
         answers = [second, first, first + second, first * 2][: 2 + index % 3]
         scores = [0.0, 1.0, 0.5, 1.0] if index % 5 else [1.0] * 4
         return RawSample(input=f"Say {first}", answers=answers, scores=scores[: len(answers)])
+
+
+class Games(Animals):
+    """Two to four answers, some tied; every other time a golden one over samples."""
+
+    NAME = "games"
+
+    def __getitem__(self, index):
+        first, second = self.data[index]
+        answers = [first, second, first + second, second * 2][: 2 + index % 3]
+        more = {"type": "apo"} if index % 2 else {}
+        return RawSample(input=f"Say {first}", answers=answers, scores=[1, 0, 0, 0.5][: len(answers)], **more)
 '''
 USER_REWARD = '''
 def count_vowels(responses):

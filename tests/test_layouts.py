@@ -52,8 +52,7 @@ OFFLINE = [
     Launch("tp2", 2, 1, 2, TP2),
     Launch("pp2", 2, 1, 4, PP2),
 ]
-UPDATE = [Launch("dp2", 2, 2, 2), Launch("tp2", 2, 1, 2, TP2), Launch("pp2", 2, 1, 4, PP2)]
-ILQL = [Launch("dp2", 2, 2, 2), Launch("tp2", 2, 1, 2, TP2), Launch("pp2", 2, 1, 4, PP2)]
+EACH = [Launch("dp2", 2, 2, 2), Launch("tp2", 2, 1, 2, TP2), Launch("pp2", 2, 1, 4, PP2)]
 TRUNK = [
     Launch("sharding2_stage3", 2, 2, 2, f"--sharding stage3 {RECOMPUTE}"),
     Launch("tp2_sp_recompute", 2, 1, 1, f"{TP2} {SP} {RECOMPUTE}"),
@@ -79,9 +78,10 @@ EVERY_RUN = {
     "rl": FAST_ROLLOUT,
     "lora": LORA,
     "offline": OFFLINE,
-    "ilql": ILQL,
+    "ilql": EACH,
     "trunk": TRUNK,
-    "update": UPDATE,
+    "apo": EACH,
+    "update": EACH,
 }
 ILQL_FULL = [launch for launch in FULL if "eval_mode" not in launch.arguments]  # its heads stay where they are trained
 MISTAKES = [

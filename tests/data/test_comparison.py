@@ -112,3 +112,26 @@ def test_collator(answers, pad_id):
     assert batch["scores"].tolist() == [float(place) for rows in answers for place in range(len(rows))]
     assert batch["is_apo"].tolist() == [number % 2 == 1 for number in range(len(items))]
     assert batch["source"].tolist() == list(range(len(items))) and batch["scores"].dtype == np.float32
+
+
+def test_a_separator_ends_the_prompt_and_counts(tokenizer):
+    pair = RawSample(input="Hi there, you over there", answer="Hello", other_answer="Bye", better=True)
+    [plain], [item] = make([pair], tokenizer), make([pair], tokenizer, sep_token_id=77)
+    start = plain["prompt_length"]
+    assert item["prompt_length"] == start + 1
+    for ids, without in zip(item["input_ids"], plain["input_ids"], strict=True):
+        assert ids.tolist() == [*without[:start], 77, *without[start:]]
+    longest = max(map(len, plain["input_ids"]))
+    assert make([pair], tokenizer, max_length=longest).report.shortened == 0
+    shortened = make([pair], tokenizer, max_length=longest, sep_token_id=77)
+    assert shortened.report.shortened == 1 and max(map(len, shortened[0]["input_ids"])) <= longest
+
+
+def test_files_of_one_kind_are_told_apart(tokenizer, tmp_path):
+    for name in ("people", "game"):
+        rows = [{"text": [f"Hi<sep>{name}", "Hi<sep>no"], "scores": [1, 0]}]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    mixture = f"apo:1:{tmp_path}/people.json, apo:2:{tmp_path}/game.json"
+    dataset = ComparisonDataset(mixture, tokenizer, template="hh")
+    assert dataset.report.sources == ["apo:people.json", "apo:game.json"]
+    assert [item["source"] for item in dataset] == [0, 1, 1]

@@ -48,6 +48,13 @@ SUPERVISED = SAVED | {"train_datasets": "animals:21/-1", "max_steps": 4, "save_s
 ONLINE = SAVED | {"train_datasets": "animals:7/-1", "max_steps": 2, "save_steps": 1, "eval_steps": 1}
 LOGGED = SAVED | {"train_datasets": "animals:11/-1", "max_steps": 2, "save_steps": 1, "eval_steps": 1}  # 22 answers
 REWARD = SUPERVISED | {"learning_rate": 1e-3}  # more diverges, and divergence enlarges differences of rounding
+GAME = REWARD | {
+    "train_datasets": "animals:9/-1, games:12/-1",
+    "eval_datasets": "animals:4/-1, games:5/-1",
+    "apo_loss_coeff": 0.6,
+    "apo_sample_num": 2,
+    "rm_kl_coeff": 0.8,
+}
 MODELS = {  # 292 tokens divide by 2 and 4; 289, what the tokenizer has, do not: every process then has all logits
     "llama_tied": {"family": "llama", "tied": True, "vocab_size": 292},
     "llama_untied": {"family": "llama", "tied": False, "vocab_size": 292},
@@ -76,6 +83,8 @@ VARIANTS = {  # name: (stage, arguments)
     "sft_frozen": ("sft", SUPERVISED | {"num_layers_unfrozen": 1}),
     "rm": ("rm", REWARD),
     "rm_tokens": ("rm", REWARD | {"loss_type": "token-wise"}),
+    "rm_apo": ("rm", GAME | {"pooling_type": "average", "add_sep_token": True, "calibrate_scores": True}),
+    "rm_diff": ("rm", GAME | {"apo_loss_type": "diff", "sampling_weights": {"animals": 1, "games": 2}}),
     "ppo": ("ppo", ONLINE | JUDGED | {"reward_model_name_or_path": "reward_model", "critic_num_layers_unfrozen": 2}),
     "apa": ("ppo", ONLINE | {"policy_loss": "apa", "kl_controller": "adaptive", "kl_target": 0.01, "kl_horizon": 50}),
     "sft_lora": ("sft", SUPERVISED | LORA),
@@ -120,6 +129,7 @@ SETS = {
     "ilql": ["offline_ilql-llama_tied", "offline_ilql-qwen2_untied"],
     "update": ["dpo-llama_tied"],
     "trunk": ["ppo_trunk-llama_tied", "apa_trunk-qwen2_untied"],
+    "apo": ["rm_apo-llama_tied", "rm_diff-qwen2_untied"],
     "supervised": ["sft-llama_tied"],
     "offload": [f"{variant}-llama_tied" for variant in OFFLOADED],
     "offload_lora": ["ppo_lora-llama_tied", "ppo_lora_offload-llama_tied"],

@@ -123,6 +123,19 @@ def test_other_vocabulary_is_tokenised_again(score_model, actor, tmp_path, add_s
     np.testing.assert_allclose(source(batch), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("as_sampled", [False, True])
+def test_pooling_and_separator_are_the_models_own(score_model, actor, as_sampled):
+    score_model.pooling_type, score_model.sep_token_id, score_model.config.eos_token_id = "last", 3, 2
+    batch = make_batch(actor, TEXTS, FINISHED)
+    rewards = ModelReward(score_model, actor, actor if as_sampled else None)(batch)
+    separated = [
+        [*prompt, 3, *response[: len(response) - done]]
+        for prompt, response, done in zip(batch.prompt_ids, batch.response_ids, FINISHED, strict=True)
+    ]
+    expected = [score_alone(score_model, ids) for ids in separated]
+    np.testing.assert_allclose(rewards, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_dropout_is_off_whenever_it_scores(score_model, actor):
     source, batch, modes = ModelReward(score_model, actor, actor, 16), make_batch(actor, TEXTS, FINISHED), []
     layers = score_model.trunk.layers

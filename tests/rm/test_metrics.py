@@ -6,8 +6,18 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from alignment.rm.metrics import calibration_curve, calibration_errors, preference_accuracy, preference_metrics
+from alignment.rm.metrics import (
+    TEMPERATURES,
+    calibration_curve,
+    calibration_errors,
+    fit_temperature,
+    negative_log_likelihood,
+    preference_accuracy,
+    preference_metrics,
+)
 
 LOG3, LOG19 = math.log(3), math.log(19)  # sigmoid: 3/4 and 19/20
 
@@ -23,6 +33,17 @@ def calibration_loop(margins, outcomes, bins):
             total += gap
             gaps.append(gap / len(inside))
     return total / len(p), sum(gaps) / len(gaps), max(gaps)
+
+
+def calibration_sorted(margins, outcomes, bins):
+    """ECE, ACE, MCE from sorted probabilities cut at the bins' edges."""
+    p = 1 / (1 + np.exp(-margins))
+    order = np.argsort(p)
+    cuts = np.searchsorted(p[order], np.arange(1, bins) / bins, side="left")
+    groups = [group for group in np.split(order, cuts) if len(group)]
+    gaps = np.array([abs(p[group].mean() - outcomes[group].mean()) for group in groups])
+    sizes = np.array([len(group) for group in groups])
+    return np.average(gaps, weights=sizes), gaps.mean(), gaps.max()
 
 
 class TestPreference:
@@ -83,3 +104,32 @@ class TestCalibration:
         assert calibration_errors(calibration_curve(margins, [1] * 4, both_orders=False))["ece"] > 0.3
         metrics = preference_metrics(margins, [0.0] * 4)
         assert metrics["ece"] == pytest.approx(0, abs=1e-12)
+
+    @given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 15), st.floats(0.1, 8))
+    def test_equals_the_sorted_one(self, seed, count, bins, spread):
+        rng = np.random.default_rng(seed)
+        margins, outcomes = rng.normal(0, spread, count), rng.integers(0, 2, count)
+        found = tuple(calibration_errors(calibration_curve(margins, outcomes, bins, both_orders=False)).values())
+        assert found == pytest.approx(calibration_sorted(margins, outcomes, bins), abs=1e-9)
+
+
+class TestTemperature:
+    def test_hand_worked(self):
+        # right three times in four at margin 2: the best model says 3/4, so 2 / T = ln 3
+        margins = np.array([2.0, 2.0, 2.0, -2.0])
+        assert fit_temperature(margins) == pytest.approx(2 / LOG3, rel=1e-6)
+        assert negative_log_likelihood([LOG3, -LOG3]) == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
+
+    def test_finds_the_scale_of_overconfident_scores(self):
+        rng = np.random.default_rng(0)
+        true = rng.normal(0, 1.5, 40_000)
+        wins = rng.random(true.size) < 1 / (1 + np.exp(-true))
+        margins = 3 * np.where(wins, true, -true)  # scores three times too large
+        temperature = fit_temperature(margins)
+        assert temperature == pytest.approx(3, rel=0.05)
+        before, after = (calibration_errors(calibration_curve(m, np.ones(m.size))) for m in (margins, margins / 3))
+        assert before["ece"] > 0.1 and after["ece"] < 0.01
+
+    def test_stays_within_bounds(self):
+        assert fit_temperature([1.0, 2.0]) == pytest.approx(TEMPERATURES[0], rel=0.01)
+        assert fit_temperature([-1.0, -2.0]) == pytest.approx(TEMPERATURES[1], rel=0.01)
