@@ -76,9 +76,9 @@ def held_out_metrics(rows: Arrays, sources: Sequence[str]) -> dict[str, float]:
     return metrics
 
 
-def one_order_curve(rows: Arrays, temperature: float = 1.0) -> Calibration:
+def one_order_curve(rows: Arrays) -> Calibration:
     """The reliability curve with each pair in one order, of which ``worse_first`` says what it is."""
-    margins = (rows["better"] - rows["worse"]).astype(np.float64) / temperature
+    margins = (rows["better"] - rows["worse"]).astype(np.float64)
     first = ~rows["worse_first"]
     return calibration_curve(np.where(first, margins, -margins), first, both_orders=False)
 
@@ -90,12 +90,19 @@ def scores_by_role(rows: Arrays) -> dict[str, np.ndarray]:
     return {name: values for name, values in found.items() if values.size}
 
 
+def peoples_pairs(rows: Arrays) -> Arrays:
+    """better, worse and worse_first [P] of the pairs that people compared; of all where there are no such."""
+    chosen = ~rows["is_apo"] | rows["is_apo"].all()
+    return {name: rows[name][chosen] for name in ("better", "worse", "worse_first")}
+
+
 def calibrate(rows: Arrays) -> dict[str, float]:
     """The temperature that fits people's held-out choices, and ECE, ACE, MCE and likelihood before and after it.
 
     APO's pairs say nothing of what people choose and are left out.
     """
-    margins = (rows["better"] - rows["worse"]).astype(np.float64)[~rows["is_apo"]]
+    pairs = peoples_pairs(rows)
+    margins = (pairs["better"] - pairs["worse"]).astype(np.float64)
     temperature = fit_temperature(margins)
     metrics = {"calibration/temperature": temperature}
     for when, scaled in (("before", margins), ("after", margins / temperature)):

@@ -12,12 +12,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from alignment.report.plots import EXTRA, HELD_OUT, STYLE, THIRD, TRAIN
-from alignment.rm.evaluation import Arrays, describe_curve, one_order_curve, scores_by_role
+from alignment.rm.evaluation import Arrays, describe_curve, one_order_curve, peoples_pairs, scores_by_role
 from alignment.rm.metrics import Calibration, calibration_curve
 
 RELIABILITY, SCORES, NUMBERS = "reliability.png", "scores.png", "calibration.json"
 COLORS = {"chosen": TRAIN, "rejected": HELD_OUT, "golden": THIRD, "sample": EXTRA[0]}
-SCORE_BINS = 40
+MOST_BINS = 40
 
 
 def write_pictures(rows: Arrays, directory: Path, temperature: float | None = None) -> None:
@@ -25,10 +25,11 @@ def write_pictures(rows: Arrays, directory: Path, temperature: float | None = No
 
     Args: rows: see alignment.rm.evaluation.held_out_metrics; temperature: what calibrated scores are divided by.
     """
-    curves = reliability_curves(rows, temperature)
+    pairs = peoples_pairs(rows)
+    curves = reliability_curves(pairs, temperature)
     scores = scores_by_role(rows)
     numbers = {
-        "pairs": len(rows["better"]),
+        "pairs": len(pairs["better"]),
         "temperature": temperature,
         "reliability": {name: describe_curve(curve) for name, curve in curves.items()},
         "scores": describe_scores(scores),
@@ -39,11 +40,11 @@ def write_pictures(rows: Arrays, directory: Path, temperature: float | None = No
     _write(directory / NUMBERS, (json.dumps(numbers, indent=2) + "\n").encode())
 
 
-def reliability_curves(rows: Arrays, temperature: float | None) -> dict[str, Calibration]:
-    """By name: all pairs in both orders and in one; with a temperature, in both orders once more, divided by it."""
-    margins = (rows["better"] - rows["worse"]).astype(np.float64)
+def reliability_curves(pairs: Arrays, temperature: float | None) -> dict[str, Calibration]:
+    """By name: pairs in both orders and in one; with a temperature, in both orders once more, divided by it."""
+    margins = (pairs["better"] - pairs["worse"]).astype(np.float64)
     wins = np.ones_like(margins)
-    curves = {"both_orders": calibration_curve(margins, wins), "one_order": one_order_curve(rows)}
+    curves = {"both_orders": calibration_curve(margins, wins), "one_order": one_order_curve(pairs)}
     if temperature is not None:
         curves["calibrated"] = calibration_curve(margins / temperature, wins)
     return curves
@@ -66,7 +67,7 @@ def describe_scores(scores: Mapping[str, np.ndarray]) -> dict[str, dict]:
 
 
 def draw_reliability(curves: Mapping[str, Calibration]) -> bytes:
-    """PNG: share of wins over mean predicted probability, a point a bin; below, how many pairs a bin holds."""
+    """PNG: share of wins over mean predicted probability, a point a bin; below, the pairs of each bin."""
     figure = Figure(figsize=(5.2, 5.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color="#9aa0a6", linewidth=1, linestyle="--", label="perfectly calibrated")
@@ -75,7 +76,8 @@ def draw_reliability(curves: Mapping[str, Calibration]) -> bytes:
         ece = describe_curve(curve)["ece"]
         predicted, observed = (part[filled] / curve.count[filled] for part in (curve.predicted, curve.observed))
         label = f"{name.replace('_', ' ')}, ECE {ece:.3f}"
-        upper.plot(predicted, observed, color=color, marker="o", markersize=5, linewidth=1.6, label=label)
+        upper.plot(predicted, observed, color=color, linewidth=1.4, label=label)
+        upper.scatter(predicted, observed, 10 + 300 * curve.count[filled] / curve.count.sum(), color, zorder=3)
     bins = len(curves["both_orders"].count)
     centers, width = (np.arange(bins) + 0.5) / bins, 0.8 / bins / len(curves)
     for place, (curve, color) in enumerate(zip(curves.values(), (TRAIN, HELD_OUT, THIRD), strict=False)):
@@ -104,7 +106,8 @@ def draw_scores(scores: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _edges(scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    return np.histogram_bin_edges(np.concatenate(list(scores.values())), SCORE_BINS)
+    values = np.concatenate(list(scores.values()))
+    return np.histogram_bin_edges(values, min(MOST_BINS, 1 + int(len(values) ** 0.5)))
 
 
 def _png(figure: Figure) -> bytes:
