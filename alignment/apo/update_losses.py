@@ -7,27 +7,18 @@ step, over all micro-batches and ranks, so that they add up exactly whatever the
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import paddle.nn.functional as F
 from paddle import Tensor
 
-
-class Pairs(NamedTuple):
-    """Places int64 [P] of two answers to one prompt."""
-
-    better: np.ndarray
-    worse: np.ndarray
-
-
-def find_pairs(item: np.ndarray, scores: np.ndarray) -> Pairs:
-    """All pairs of answers to one prompt with different scores; item int [N]: which prompt, scores float [N]."""
-    return Pairs(*np.nonzero((item[:, None] == item) & (scores[:, None] > scores)))
+from alignment.rm.losses import Pairs
 
 
 def find_best(item: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """int64 [B]: the place of each item's answer with the highest score, of several the first; args as find_pairs."""
+    """int64 [B]: the place of each item's answer with the highest score, of several the first.
+
+    Args: as alignment.rm.losses.compared_pairs.
+    """
     order = np.lexsort((np.arange(len(item)), -scores, item))  # by item, the best first, ties in their order
     return order[np.unique(item[order], return_index=True)[1]]
 

@@ -10,17 +10,10 @@ import numpy as np
 import paddle
 
 from alignment.apo.answers import answer_log_probs, longest, pack_answers
-from alignment.apo.update_losses import (
-    Pairs,
-    best_answer_loss,
-    dpo_loss,
-    find_best,
-    find_pairs,
-    ipo_loss,
-    ranking_loss,
-)
+from alignment.apo.update_losses import best_answer_loss, dpo_loss, find_best, ipo_loss, ranking_loss
 from alignment.apo.update_reference import load_reference, measure_reference, save_reference
 from alignment.parallel.pipeline import MicroBatch
+from alignment.rm.losses import Pairs, compared_pairs
 from alignment.rm.metrics import preference_accuracy
 from alignment.runtime.console import say
 from alignment.sft.trainer import SFTTrainer
@@ -39,7 +32,7 @@ class AnswersTrainer(StageTrainer):
     def micro_batch(self, batch: Arrays, denominator: float) -> MicroBatch:
         """batch: N answers, collated; rows: see ``objective``."""
         packed, lengths = pack_answers(batch)
-        pairs = find_pairs(batch["item"], batch["scores"])
+        pairs = compared_pairs(batch["item"], batch["scores"])
 
         def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[float, Arrays]]:
             log_probs = answer_log_probs(self.model, hidden, packed)
@@ -88,7 +81,7 @@ class DPOTrainer(AnswersTrainer):
     rewards dpo_beta log(pi / ref), logps/*, and log_ratio, the mean of log(pi / ref), all over whole answers."""
 
     def count(self, items: Iterable[dict]) -> int:
-        return sum(len(find_pairs(np.zeros(len(item["scores"])), item["scores"]).better) for item in items)
+        return sum(len(compared_pairs(np.zeros(len(item["scores"])), item["scores"]).better) for item in items)
 
     def objective(
         self, log_probs: paddle.Tensor, lengths: paddle.Tensor, pairs: Pairs, batch: Arrays, denominator: float

@@ -44,12 +44,19 @@ class TokenScores(NamedTuple):
     compared: Tensor  # bool: from the first token that differs to the end of the longer answer
 
 
-def compared_pairs(item: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (better, worse), both int64 [P], of all ordered pairs of one item with score_better > score_worse.
+class Pairs(NamedTuple):
+    """Rows int64 [P] of two answers to one prompt."""
 
-    Args: item: int64 [N], whose answer a row is; scores: float [N]. Tied scores give no pair.
+    better: np.ndarray
+    worse: np.ndarray
+
+
+def compared_pairs(item: np.ndarray, scores: np.ndarray) -> Pairs:
+    """All ordered pairs of one item's answers with score_better > score_worse; tied scores give no pair.
+
+    Args: item: int64 [N], whose answer a row is; scores: float [N].
     """
-    return np.nonzero((item[:, None] == item[None, :]) & (scores[:, None] > scores[None, :]))
+    return Pairs(*np.nonzero((item[:, None] == item) & (scores[:, None] > scores)))
 
 
 def pair_losses(margins: Tensor, is_diff: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.apo import update_losses as losses
+from alignment.rm.losses import compared_pairs
 
 quick = settings(max_examples=25)
 seeds = st.integers(0, 2**31)
@@ -37,7 +38,7 @@ def rrhf(items, coefficient, denominator):
     log_probs, scores, owner = stack(items)
     x = f64(log_probs)
     x.stop_gradient = False
-    ranking = losses.ranking_loss(x, losses.find_pairs(owner, scores), denominator)
+    ranking = losses.ranking_loss(x, compared_pairs(owner, scores), denominator)
     loss = ranking + coefficient * losses.best_answer_loss(x, losses.find_best(owner, scores), denominator)
     loss.backward()
     return loss.item(), x.grad.numpy()
@@ -88,7 +89,7 @@ def assert_slopes(function, x, gradient, step=1e-6):
 
 def test_pairs_and_best_of_ragged_items():
     item, scores = np.array([0, 0, 0, 1, 2, 2]), np.array([1.0, 3.0, 3.0, 9.0, 5.0, 4.0])
-    pairs = losses.find_pairs(item, scores)
+    pairs = compared_pairs(item, scores)
     assert list(zip(pairs.better, pairs.worse, strict=True)) == [(1, 0), (2, 0), (4, 5)]
     assert losses.find_best(item, scores).tolist() == [1, 3, 4]  # of a tie the first
 
@@ -162,7 +163,7 @@ def test_any_split_of_the_items_adds_up(seed, data):
 
     def margins_of(part):
         log_probs, scores, owner = stack(part)
-        pairs = losses.find_pairs(owner, scores)
+        pairs = compared_pairs(owner, scores)
         return log_probs[pairs.better] - log_probs[pairs.worse]
 
     count = len(margins_of(items))
