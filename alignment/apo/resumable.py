@@ -25,7 +25,7 @@ class ResumableOutput:
     Args:
         output: the file to write in the end.
         asked: JSON values, by name, that the results depend on.
-        overwrite: forget what is there.
+        overwrite: an output that is there may be replaced, and unfinished results of something else forgotten.
 
     Attributes: done: the results so far, JSON values by name, on every process.
 
@@ -53,28 +53,22 @@ class ResumableOutput:
             self.partial.unlink(missing_ok=True)
 
     def _open(self, asked: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-        if overwrite:
-            self.output.unlink(missing_ok=True)
-            self.partial.unlink(missing_ok=True)
-        elif self.output.exists():
+        if self.output.exists() and not overwrite:
             raise self._refuse("exists already; name another")
-        batches = _read_whole_lines(self.partial)
-        if len(batches) < 2:  # nothing is finished
-            try:
-                self.output.parent.mkdir(parents=True, exist_ok=True)
-                self.partial.write_text("")
-                _append(self.partial, asked)
-            except OSError as fault:
-                raise UsageError(f'"output_file": {self.output} cannot be written: {fault.strerror}') from None
-            return {}
-        self._check_asked(batches[0], asked)
-        return {name: result for batch in batches[1:] for name, result in batch.items()}
-
-    def _check_asked(self, before: dict[str, Any], asked: dict[str, Any]) -> None:
-        for name in {**before, **asked}:
-            if before.get(name) != asked.get(name):
-                then, now = (f"{json.dumps(values.get(name)):.60}" for values in (before, asked))
-                raise self._refuse(f'was begun with "{name}": {then}, which is {now} now; name another')
+        before, *batches = _read_whole_lines(self.partial) or [asked]
+        changed = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
+        if batches and changed and not overwrite:
+            then, now = (f"{json.dumps(values.get(changed[0])):.60}" for values in (before, asked))
+            raise self._refuse(f'was begun with "{changed[0]}": {then}, which is {now} now; name another')
+        if batches and not changed:
+            return {name: result for batch in batches for name, result in batch.items()}
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.write_text("")
+            _append(self.partial, asked)
+        except OSError as fault:
+            raise UsageError(f'"output_file": {self.output} cannot be written: {fault.strerror}') from None
+        return {}
 
     def _refuse(self, problem: str) -> UsageError:
         remedy = 'or set "overwrite_output_file": true to replace it'

@@ -59,7 +59,7 @@ class ToolArguments:
     device: str = like(StageArguments, "device")
     output_file: str = argument(dataclasses.MISSING, "File to write: .json or .jsonl.", group="Output")
     overwrite_output_file: bool = argument(
-        False, "Replace output_file, and forget what an unfinished run has done for it.", group="Output"
+        False, "Replace output_file, and what an unfinished run with other arguments has done for it.", group="Output"
     )
     disable_tqdm: bool = argument(False, "No progress bar.", group="Output")
     log_level: str = like(StageArguments, "log_level")
