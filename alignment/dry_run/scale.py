@@ -55,6 +55,8 @@ def scale_down(values: Mapping[str, Any], layout: Layout, own_tokenizer: bool) -
             small[name] = most if name in LENGTHS and not own_tokenizer else min(small[name], most)
     for changes in (_ONE_STEP, _AFRESH):
         small |= {name: value for name, value in changes.items() if name in small}
+    if not own_tokenizer and small.get("sep_token"):
+        small["sep_token"] = None  # a token of the run's own tokenizer
     if small["truncation"] == "error":  # the texts were made for longer limits
         small["truncation"] = "prompt"
     if "per_device_prompt_batch_size" in small:

@@ -41,6 +41,12 @@ def test_nothing_is_downloaded(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("name", "kept"), [("hh-excerpt/test", {"hh-excerpt/test": 1}), ("alpaca", None)])
+def test_weights_name_data_sets_that_are_here(name, kept):
+    taken, _ = few_rows(NONE | {"train_datasets": name, "sampling_weights": {name: 1}})
+    assert taken.get("sampling_weights", {name: 1}) == kept
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(DataError, match="unknown dataset 'alpacca'"):
         few_rows(NONE | {"train_datasets": "alpacca"})

@@ -40,7 +40,7 @@ def test_small_shapes_keep_kind_and_ratios(tmp_path, name, layout):
 
 def test_the_runs_own_models_keep_tokenizer_rope_and_head(tmp_path):
     policy = write_tiny_model(tmp_path / "policy", tied=False, rope_scaling=LLAMA3, num_hidden_layers=5)
-    reward = write_reward_model(tmp_path / "reward", family="qwen2")
+    reward = write_reward_model(tmp_path / "reward", family="qwen2", pooling_type="last", sep_token_id=9)
     values = {
         "actor_model_name_or_path": str(policy),
         "reward_model_name_or_path": str(reward),
@@ -58,6 +58,7 @@ def test_the_runs_own_models_keep_tokenizer_rope_and_head(tmp_path):
     assert 0 < small(ids)[0].numpy().std() < np.inf
     scorer = load_value(written[str(reward)], require_head=True)
     assert scorer.config.model_type == "qwen2" and not scorer.head_is_new
+    assert (scorer.pooling_type, scorer.sep_token_id) == ("last", 9)
 
 
 def test_what_stands_in_for_models_that_are_not_here(tmp_path):

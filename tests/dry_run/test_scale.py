@@ -62,11 +62,12 @@ def test_a_pipeline_has_a_layer_for_each_stage_and_objectives_stay():
 
 
 def test_another_tokenizer_gets_room():
-    run = resolved(max_length=40, max_prompt_len=24, max_new_tokens=6, truncation="error")
+    run = resolved(max_length=40, max_prompt_len=24, max_new_tokens=6, truncation="error") | {"sep_token": "<0x01>"}
     own, other = (scale_down(run, Layout(), own_tokenizer=own) for own in (True, False))
     assert [own[n] for n in ("max_length", "max_prompt_len", "max_new_tokens")] == [40, 24, 6]
     assert [other[n] for n in ("max_length", "max_prompt_len", "max_new_tokens")] == [128, 64, 6]
     assert own["truncation"] == "prompt"
+    assert (own["sep_token"], other["sep_token"]) == ("<0x01>", None)
 
 
 def test_a_dry_run_of_one_process_takes_the_layout_for_granted():
