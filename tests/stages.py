@@ -18,6 +18,7 @@ from alignment.ppo.models.saving import save_model
 from alignment.ppo.models.tokenizer import load_tokenizer
 from alignment.ppo.models.value import load_value
 from alignment.ppo.models.weights import weights_sha256
+from tests.models.heads import with_random_head
 from tests.models.reference import make_config, random_weights, write_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -203,7 +204,7 @@ def write_reward_model(directory: Path, **options: Any) -> Path:
 
 def write_adapted_reward_model(directory: Path, base: Path) -> Path:
     """A reward model as a LoRA run on ``base`` saves it, its adapters and head random."""
-    model = load_value(base, seed=5)
+    model = with_random_head(load_value(base), 5)
     add_adapters(model, LoRASettings(rank=3, alpha=3), Base(base.resolve(), weights_sha256(base)), seed=5)
     for number, (_, layer) in enumerate(adapted_layers(model)):
         values = np.random.default_rng([5, number]).normal(0, 0.1, layer.lora_B.shape)

@@ -42,7 +42,7 @@ class Bases:
     whose adapters were trained on weight files with the same SHA-256. Any other has its own frozen weights, which
     reward model and critic share if they start from the same directory.
 
-    Args: settings: of new adapters; seed: of them and of a new head; dtype: as load_policy's.
+    Args: settings: of new adapters; seed: of them; dtype: as load_policy's.
     """
 
     def __init__(self, settings: LoRASettings, seed: int, dtype: str) -> None:
@@ -71,7 +71,7 @@ class Bases:
 
     def load_critic(self, name: str, recompute: bool) -> ScoreModel:
         """A critic: adapters and head are trained; those of the checkpoint ``name``, or else new ones."""
-        critic = self._load_score(name, "critic", "critic", recompute=recompute, seed=self.seed)
+        critic = self._load_score(name, "critic", "critic", recompute=recompute)
         if not is_adapted(critic):
             shared = next(shared for shared in self.loaded if critic in shared.users.values())
             add_adapters(critic, self.settings, shared.base, self.seed)

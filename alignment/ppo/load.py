@@ -100,7 +100,7 @@ class ModelLoader:
         if not self.with_critic:
             critic = None
         elif self.shares_trunk:
-            critic = load_named("resume_from_checkpoint", add_value_head, actor, args.seed, self.value)
+            critic = load_named("resume_from_checkpoint", add_value_head, actor, self.value)
         else:
             critic = self._separate_critic(self.value or self.model_args.reward_critic_model_name_or_path)
         return reward, judge, passes, actor, critic
@@ -144,7 +144,7 @@ class ModelLoader:
 
     def _separate_critic(self, name: str | Path) -> paddle.nn.Layer:
         self._check_vocabulary(name)
-        args, options = self.args, {"seed": self.args.seed, "placement": Placement.here()}
+        args, options = self.args, {"placement": Placement.here()}
         critic = load_named(
             CRITIC, load_value, name, "critic", weight_dtype(args), self._recomputes_critic, **options
         )

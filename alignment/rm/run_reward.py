@@ -74,7 +74,6 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> RewardTrainer:
         weight_dtype(args),
         args.recompute,
         do_normalize=False,
-        seed=args.seed,
         placement=Placement.here(),
     )
     set_reading(model, model_args.pooling_type, separator, tokenizer.eos_token_id)

@@ -20,6 +20,7 @@ from alignment.ppo.models.saving import save_model
 from alignment.ppo.models.value import load_value
 from alignment.ppo.models.weights import huggingface_weights
 from alignment.runtime.faults import UsageError
+from tests.models.heads import with_random_head
 from tests.models.reference import make_config, random_weights, write_checkpoint
 
 LAYERS = 3
@@ -62,7 +63,7 @@ def model_on_disk(request, tmp_path_factory):
     directory = write_checkpoint(tmp_path_factory.mktemp("model"), config, random_weights(config))
     if not score:
         return directory, lambda placement=WHOLE: load_policy(directory, placement=placement)
-    save_model(load_value(directory, seed=3), None, directory / "score")
+    save_model(with_random_head(load_value(directory)), None, directory / "score")
     return directory / "score", lambda placement=WHOLE: load_value(directory / "score", placement=placement)
 
 

@@ -13,6 +13,7 @@ from alignment.ppo.models.pooling import POOLING_TYPES, pool
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.models.value import load_value
 from alignment.runtime.faults import UsageError
+from tests.models.heads import with_random_head
 from tests.models.reference import hidden_states as reference_states
 from tests.models.reference import make_config, random_weights, write_checkpoint
 
@@ -43,7 +44,7 @@ def models(tmp_path_factory):
     weights = random_weights(config)
     made = {}
     for kind in POOLING_TYPES:
-        model = load_value(write_checkpoint(folder / "base", config, weights), seed=3)
+        model = with_random_head(load_value(write_checkpoint(folder / "base", config, weights)))
         model.pooling_type, model.sep_token_id = kind, 7
         save_model(model, None, folder / kind)
         made[kind] = load_value(folder / kind, require_head=True)

@@ -16,6 +16,7 @@ from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import FunctionReward, RewardSource, WeightedRewards
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.runtime.timing import PhaseTimer
+from tests.models.heads import with_random_head
 from tests.models.reference import hidden_states
 from tests.models.tiny import tiny_policy, tiny_tokenizer
 from tests.processes import play
@@ -41,7 +42,7 @@ def models(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def critic(models):
-    return load_value(models[2].directory, score_type="critic", seed=4)
+    return with_random_head(load_value(models[2].directory, score_type="critic"), 4)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from alignment.ppo.models.value import add_value_head, load_value
 from alignment.ppo.self_check import check_reference
 from alignment.runtime.faults import RunError
 from alignment.training.engine import OptimizerSettings, TrainingEngine
+from tests.models.heads import with_random_head
 from tests.models.reference import make_config, random_weights, write_checkpoint
 from tests.ppo.experiences import make_experience
 from tests.sft.test_loss import ITEMS, collate, supervised_loss
@@ -59,7 +60,7 @@ def setting(tmp_path):
     """(build(**changes) -> learner, experience whose log_probs and values are the models' own, targets)."""
     config = make_config("llama", True)
     directory = write_checkpoint(tmp_path / "model", config, random_weights(config))
-    actor, critic = load_policy(directory), load_value(directory, "critic", seed=1)
+    actor, critic = load_policy(directory), with_random_head(load_value(directory, "critic"))
     experience = make_experience(0, [3, 5, 4, 2, 6, 3], [4, 2, 5, 1, 3, 4])
     packed, mask = pack_experience(experience)
     with paddle.no_grad():
@@ -198,14 +199,14 @@ def test_a_critic_on_the_policy_adds_its_weighted_gradient(setting, tmp_path):
     directory = write_checkpoint(tmp_path / "again", config, random_weights(config))
     args = SimpleNamespace(**SETTINGS | {"value_loss_coeff": 0.25})
     policy = load_policy(directory)
-    add_value_head(policy, seed=1)
+    with_random_head(add_value_head(policy))
     learner = Learner(args, TrainingEngine(policy, OPTIMIZER, 99, "actor"), None)
     rows = np.arange(6)
     sums, _ = learner._accumulate(learner.actor, learner._policy_micro_batch, experience, targets, rows)
     found = {name: p.grad.numpy() for name, p in policy.named_parameters()}
 
     alone = load_policy(directory)
-    critic = add_value_head(alone, seed=1)
+    critic = with_random_head(add_value_head(alone))
     packed, mask = pack_experience(experience)
     old, advantages, values, returns = (
         paddle.to_tensor(x) for x in (experience.log_probs, targets.advantages, experience.values, targets.returns)
@@ -227,7 +228,7 @@ def test_metrics_without_an_engine_for_the_critic(setting, tmp_path):
     _, experience, targets = setting
     config = make_config("llama", True)
     policy = load_policy(write_checkpoint(tmp_path / "again", config, random_weights(config)))
-    add_value_head(policy, seed=1)
+    with_random_head(add_value_head(policy))
     learner = Learner(SimpleNamespace(**SETTINGS), TrainingEngine(policy, OPTIMIZER, 99, "actor"), None)
     before = policy.score_head.weight.numpy()
     metrics = learner.update(experience, targets, 1)

@@ -19,6 +19,7 @@ from alignment.ppo.offload import Offload
 from alignment.ppo.rewards import FunctionReward, WeightedRewards
 from alignment.runtime.timing import PhaseTimer
 from data import RawSample
+from tests.models.heads import with_random_head
 from tests.models.tiny import tiny_policy, tiny_tokenizer
 from tests.ppo.experiences import make_experience
 from tests.ppo.test_logged import Fixed
@@ -88,7 +89,7 @@ def build(folder, tmp_path):
         )
         actor, reference = (load_policy(folder / "policy") for _ in range(2))
         freeze(reference)
-        critic = None if args.policy_loss == "bc" else load_value(folder / "policy", "critic", seed=3)
+        critic = None if args.policy_loss == "bc" else with_random_head(load_value(folder / "policy", "critic"), 3)
         rewards = WeightedRewards([FunctionReward(f"{folder / 'offline_rewards.py'}:judge")])
         models = Models(actor, passes_of(reference), critic, rewards, tokenizer)
         train, held_out = read_answers(dataset), read_answers(dataset)

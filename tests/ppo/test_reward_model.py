@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from alignment.ppo.models.config import read_config
 from alignment.ppo.models.tokenizer import load_tokenizer
-from alignment.ppo.models.value import build_score_model, initialize_head
+from alignment.ppo.models.value import build_score_model
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
 from alignment.ppo.rewards.model import ModelReward
 from alignment.runtime.faults import RunError
+from tests.models.heads import with_random_head
 from tests.models.reference import make_config
 
 WORDS = ["how", "are", "you", "fine", "thanks", "and", "well", "?"]
@@ -43,7 +44,7 @@ def score_model(tmp_path):
     random = np.random.default_rng(3)
     for parameter in model.parameters():
         parameter.set_value(random.normal(0.0, 0.2, parameter.shape).astype("float32"))
-    initialize_head(model, seed=1)
+    with_random_head(model)
     return model
 
 

@@ -15,6 +15,7 @@ from alignment.rm.run_reward import build_normalizer, set_reading
 from alignment.rm.trainer import RewardTrainer
 from alignment.runtime.faults import UsageError
 from data import ComparisonCollator
+from tests.models.heads import with_random_head
 from tests.models.reference import hidden_states, make_config, random_weights, write_checkpoint
 
 PAIRS = [([5, 7, 11, 2], [5, 7, 9, 8, 2]), ([6, 3, 2], [6, 4, 2]), ([8, 9, 10, 11, 2], [8, 2]), ([7, 2], [7, 3, 2])]
@@ -72,7 +73,7 @@ SETTINGS = {
 def setting(tmp_path):
     config = make_config("llama", True)
     weights = random_weights(config)
-    model = load_value(write_checkpoint(tmp_path / "model", config, weights), "reward", seed=3)
+    model = with_random_head(load_value(write_checkpoint(tmp_path / "model", config, weights), "reward"), 3)
 
     def build(normalizer=None, model=model, items=ITEMS, **changes):
         args = SimpleNamespace(**SETTINGS | changes, output_dir=str(tmp_path / "out"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import paddle
 from paddle import nn
 from paddlenlp.transformers import LlamaModel, PretrainedConfig, Qwen2Model
@@ -89,7 +88,6 @@ def load_value(
     recompute: bool = False,
     require_head: bool = False,
     do_normalize: bool | None = None,
-    seed: int = 0,
     placement: Placement = WHOLE,
     shared: nn.Layer | None = None,
 ) -> ScoreModel:
@@ -100,7 +98,6 @@ def load_value(
         score_type: "reward" or "critic"; a critic may start from a reward model's directory and takes its head.
         require_head: refuse a directory without a score head (a reward model must be a trained one).
         do_normalize: apply the saved score statistics; None: as saved for a reward model, never for a critic.
-        seed: fixes a new head's values.
         shared: a transformer with these weights: its parameters serve this model too, and only the head is read.
     Raises:
         UsageError: as ``load_policy``; no score head although one is required; statistics that cannot be applied.
@@ -124,7 +121,7 @@ def load_value(
         set_head(model, files.read(HEAD))
     model.head_is_new = not has_head
     if not has_head and placement.is_last:
-        initialize_head(model, seed)
+        initialize_head(model)
     _restore_statistics(model, config, directory, do_normalize)
     return model
 
@@ -150,12 +147,12 @@ def build_score_model(
     return model
 
 
-def add_value_head(policy: nn.Layer, seed: int, checkpoint: Path | None = None) -> ScoreModel:
+def add_value_head(policy: nn.Layer, checkpoint: Path | None = None) -> ScoreModel:
     """A critic on the policy's own layers. Its head becomes a parameter of the policy, with whom it learns.
 
     ``policy.scores`` is then the critic's, so that one pass of the policy gives log-probabilities and values.
 
-    Args: seed: fixes the new head's values; checkpoint: of such a critic, whose head is read instead.
+    Args: checkpoint: of such a critic, whose head is read instead of a new one.
     Raises: UsageError if ``checkpoint`` has no head of this size.
     """
     critic = ScoreModel(trunk(policy), "critic", policy.placement)
@@ -164,7 +161,7 @@ def add_value_head(policy: nn.Layer, seed: int, checkpoint: Path | None = None) 
     if policy.placement.is_last:
         critic.score_head.to(dtype=policy.config.dtype)
         if checkpoint is None:
-            initialize_head(critic, seed)
+            initialize_head(critic)
         else:
             set_head(critic, WeightFiles(checkpoint).read(HEAD))
         policy.score_head = critic.score_head
@@ -183,11 +180,14 @@ def set_head(model: ScoreModel, values: paddle.Tensor) -> None:
     weight.set_value(values.reshape(weight.shape).astype(weight.dtype))
 
 
-def initialize_head(model: ScoreModel, seed: int) -> None:
-    """Draw the head from N(0, 1/(H+1)) (Stiennon et al. 2020, "Learning to summarize from human feedback", app. B)."""
-    hidden = model.config.hidden_size
-    values = np.random.default_rng(seed).normal(0.0, (hidden + 1) ** -0.5, size=[hidden, 1])
-    set_head(model, paddle.to_tensor(values, dtype="float32"))
+def initialize_head(model: ScoreModel) -> None:
+    """Set the head to 0, so that scores begin equal and only what is learnt parts them.
+
+    A head drawn from N(0, 1/(H+1)) (Stiennon et al. 2020, "Learning to summarize from human feedback", app. B) gives
+    scores of deviation 1 of its own. They need a large data set to fade; after hundreds of pairs they are most of what
+    the model says about a policy's answers (docs/reward-models.md has the measurement).
+    """
+    set_head(model, paddle.zeros([model.config.hidden_size, 1]))
 
 
 def _restore_statistics(model: ScoreModel, config: PretrainedConfig, directory: Path, wanted: bool | None) -> None:
