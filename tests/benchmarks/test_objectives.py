@@ -22,7 +22,6 @@ from benchmarks.objectives import Comparison, read_setting
 from benchmarks.objectives_curves import common_kl, curves_of, reward_at_kl, summarize
 from tests.stages import ARGUMENTS, CHECKOUT, read_rows, write_project
 
-SETTING = CHECKOUT / "benchmarks/objectives.json"
 ONLINE = {"max_steps": 2, "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "ptx_coeff": 0.0}
 TINY = {
     "stage": "ppo",
@@ -86,19 +85,23 @@ def test_summary_by_hand():
     assert b["judge_reward_at_equal_kl"] == {"mean": 2.0, "sem": 0.0} and b["kl"] == {"mean": 1.0, "sem": 0.0}
 
 
-def test_the_setting_that_ships_is_fair_and_accepted(tmp_path):
-    """Disjoint training pairs for the judge; same episodes and search for all; every run's arguments are valid."""
-    setting = read_setting(str(SETTING))
-    assert set(setting["objectives"]) == {"apa", "awr", "ppo"} and len(setting["seeds"]) >= 3
-    parts = {setting[name]["train_datasets"] for name in ("reward_model", "judge")}
-    assert parts == {"hh-excerpt/train:1 of 2", "hh-excerpt/train:2 of 2"}
+@pytest.mark.parametrize(
+    ("file", "names", "search"),
+    [("objectives.json", {"apa", "awr", "ppo"}, 2), ("offline.json", {"bc", "apa", "awr", "ilql"}, 1)],
+)
+def test_the_settings_that_ship_are_fair_and_accepted(tmp_path, file, names, search):
+    """Disjoint training pairs for the judge; same length and search for all; every run's arguments are valid."""
+    setting = read_setting(str(CHECKOUT / "benchmarks" / file))
+    assert {name.removeprefix("offline_") for name in setting["objectives"]} == names and len(setting["seeds"]) >= 3
+    parts = [setting[name]["train_datasets"] for name in ("reward_model", "judge")]
+    assert parts[0].count("1 of 2") == 2 and parts[1] == parts[0].replace("1 of 2", "2 of 2")
     comparison = Comparison(setting, tmp_path)
     launches = [comparison.reward_model, comparison.judge, *comparison._all_policies()]
-    assert len({launch.folder for launch in launches}) == 8
+    assert len({launch.folder for launch in launches}) == 2 + search * len(names)
     for launch in launches:
         launch.check()
-    episodes = ("max_steps", "per_device_prompt_batch_size", "num_return_sequences", "eval_steps")
-    assert len({tuple(launch.arguments.get(key) for key in episodes) for launch in launches[2:]}) == 1
+    same = ("max_steps", "num_train_epochs", "per_device_prompt_batch_size", "eval_steps", "learning_rate")
+    assert len({tuple(launch.arguments.get(key) for key in same) for launch in launches[2:]}) == 1
 
 
 @pytest.mark.parametrize(
