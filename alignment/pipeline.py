@@ -7,18 +7,14 @@ so an interrupted pipeline goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from alignment.runtime.faults import run_main
+from alignment.runtime.steps import CHECKOUT, Step, StepRunner, shorten
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-RECORD = "pipeline.json"  # {step: its command}, of those that are finished
+RECORD = "pipeline.json"
 
 
 def main() -> None:
@@ -30,61 +26,32 @@ def main() -> None:
     parser.add_argument("--seed", default="1", help="of every stage")
     options = parser.parse_args()
     output, started = Path(options.output_dir), time.perf_counter()
-    finished, done, changed = _read_record(output / RECORD), {}, False
-    for name, command in plan(options, output).items():
-        changed = changed or finished.get(name) != command  # a step rests on those before it
-        if changed:
-            _write_record(output / RECORD, done)
-            if name == "exported":
-                shutil.rmtree(output / name, ignore_errors=True)
-            run(command)
-        else:
-            print(f"already done: {name}", flush=True)
-        done[name] = command
-    _write_record(output / RECORD, done)
+    steps = plan(options, output)
+    runner = StepRunner(output / RECORD, steps, replace=True)
+    for step in steps:
+        runner.run(step)
     print(f"\npolicy  {output / 'exported'}\nreport  {output / 'report.html'}")
     print(f"all of it took {(time.perf_counter() - started) / 60:.1f} minutes")
 
 
-def plan(options: argparse.Namespace, output: Path) -> dict[str, str]:
-    """{step: what follows ``python`` on its command line}, in order."""
+def plan(options: argparse.Namespace, output: Path) -> list[Step]:
+    """The steps, in order; the stages themselves remove what an earlier run left."""
     rl, config = options.objective, CHECKOUT / "config" / options.model
 
-    def stage(name: str, script: str, *more: str) -> str:
-        files = [str(_shorten(path)) for path in (CHECKOUT / "alignment" / script, config / f"{name}_argument.json")]
+    def stage(name: str, script: str, *more: str) -> Step:
+        files = [str(shorten(path)) for path in (CHECKOUT / "alignment" / script, config / f"{name}_argument.json")]
         shared = ["--output_dir", str(output / name), "--seed", options.seed, "--overwrite_output_dir", "true"]
-        return shlex.join([*files, *more, *shared])
+        return Step(name, shlex.join([*files, *more, *shared]))
 
     start = ["--actor_model_name_or_path", str(output / "sft"), "--reward_model_name_or_path", str(output / "rm")]
-    return {
-        "sft": stage("sft", "sft/run_sft.py"),
-        "rm": stage("rm", "rm/run_reward.py", "--model_name_or_path", str(output / "sft")),
-        rl: stage(rl, "ppo/run_ppo.py", *start),
-        "exported": shlex.join(["-m", "alignment.export", str(output / rl / "policy"), str(output / "exported")]),
-        "report": shlex.join(["-m", "alignment.report", str(output)]),
-    }
-
-
-def run(command: str) -> None:
-    """Run ``python <command>`` where the user stands; a failure has said why, so only its status is passed on."""
-    print(f"\n$ python {command}", flush=True)
-    status = subprocess.run([sys.executable, *shlex.split(command)]).returncode
-    if status:
-        sys.exit(status)
-
-
-def _read_record(path: Path) -> dict[str, str]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write_record(path: Path, done: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
-
-
-def _shorten(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    policy, exported = output / rl / "policy", output / "exported"
+    return [
+        stage("sft", "sft/run_sft.py"),
+        stage("rm", "rm/run_reward.py", "--model_name_or_path", str(output / "sft")),
+        stage(rl, "ppo/run_ppo.py", *start),
+        Step("exported", shlex.join(["-m", "alignment.export", str(policy), str(exported)]), exported),
+        Step("report", shlex.join(["-m", "alignment.report", str(output)])),
+    ]
 
 
 if __name__ == "__main__":

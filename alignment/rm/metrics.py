@@ -44,6 +44,19 @@ def preference_accuracy(better: np.ndarray, worse: np.ndarray) -> float:
     return float((np.sign(np.asarray(better, np.float64) - np.asarray(worse, np.float64)) + 1).mean() / 2)
 
 
+def preferences(scores: np.ndarray, initial: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """float64 [N]: 1 where the judge prefers the answer to the initial policy's, 0 where not, 1/2 for a tie.
+
+    Asked about both orders of a pair, a judge that scores each answer alone says the same twice; so this is the
+    average over both positions.
+
+    Args:
+        scores, initial: float32 [N], the judge's, of the answer and of the initial policy's to the same prompt.
+        same: bool [N], both answers have the same tokens: a tie, even where rounding parts their scores.
+    """
+    return np.where(same, 0.5, np.heaviside(scores.astype(np.float64) - initial, 0.5))
+
+
 def calibration_curve(
     margins: np.ndarray, outcomes: np.ndarray, bins: int = 10, both_orders: bool = True
 ) -> Calibration:

@@ -1,0 +1,152 @@
+"""What came of a game, round by round: rounds.json with all numbers, rounds.md with the table, and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.apo.files import read_items
+from alignment.apo.game import Game
+from alignment.apo.round_metrics import Answers, Interval, Mean, common, mean_score, win_rate
+from alignment.apo.round_plots import draw_game
+from alignment.apo.schemas import Samples, Scores
+from alignment.apo.selection import read_scores
+from alignment.rm.plots import NUMBERS
+from alignment.runtime.metrics import METRICS_FILE
+from alignment.runtime.steps import write_text
+
+REPORT = "rounds.json"
+ERRORS = ("ece", "ace", "mce")
+SETTINGS = ("adversarial", "policy_update", "reward_restart", "policy_restart", "num_return_sequences", "seed")
+COLUMNS = {  # heading: what stands below it
+    "round": "the policy after it; 0: as it was at the start",
+    "test score": "the testing reward model's mean score of the policy's answers to the held-out prompts, ± standard "
+    "error over prompts",
+    "gain": "difference to the start, prompt by prompt, ± standard error",
+    "win rate": "how often the testing reward model prefers the answer to the start's, ties half, with 95 % interval",
+    "words": "mean length of these answers",
+    "RM accuracy, ECE": "the round's reward model on held-out pairs by people",
+    "golden over sample": "how often it prefers the held-out good answer to that of the policy it was trained against",
+    "golden, sample, chosen, rejected": "means of its scores of those answers, and of people's pairs",
+    "new": "of the answers of the policy that it trained",
+}
+
+
+def write_report(game: Game, last: int) -> str:
+    """Write the report on the rounds up to ``last``; returns its table as Markdown."""
+    start = read_judged(game.directory(0), "test_scores.jsonl")
+    rows = [describe_round(game, number, start) for number in range(last + 1)]
+    numbers: dict[str, Any] = {"settings": {name: getattr(game.args, name) for name in SETTINGS}, "rounds": rows}
+    models = {f"round {number}": Path(game.reward_model(number)) for number in range(1, last + 1)}
+    if game.args.testing_reward_model_name_or_path is None:
+        models = {"testing": Path(game.testing_reward_model)} | models
+        numbers["testing_reward_model"] = describe_reward_model(models["testing"])
+    table = render_table(rows)
+    legend = "\n".join(f"- {name}: {meaning}." for name, meaning in COLUMNS.items())
+    write_text(game.output / REPORT, json.dumps(numbers, indent=2) + "\n")
+    write_text(game.output / "rounds.md", f"# {title(numbers)}\n\n{table}{_describe_test(numbers)}\n{legend}\n")
+    draw_game(game.output, numbers, {name: read_calibration(directory) for name, directory in models.items()})
+    return table
+
+
+def describe_round(game: Game, number: int, start: Answers) -> dict[str, Any]:
+    """The numbers of a round, plain JSON. Args: start: judged answers of the initial policy."""
+    here = game.directory(number)
+    answers, others = common(read_judged(here, "test_scores.jsonl"), start)
+    row: dict[str, Any] = {
+        "round": number,
+        "prompts": len(answers.query_ids),
+        "test_score": mean_score(answers.scores)._asdict(),
+        "gain": mean_score(answers.scores - others.scores)._asdict(),
+        "win_rate": win_rate(answers, others)._asdict(),
+        "words": float(np.mean([len(text.split()) for texts in answers.texts for text in texts])),
+    }
+    if number:
+        row["reward_model"] = describe_reward_model(here / "rm")
+        row["rm_score"] = mean_score(read_judged(here, "rm_scores.jsonl").scores)._asdict()
+    return row
+
+
+def read_judged(directory: Path, scores_file: str) -> Answers:
+    """The policy's answers in a round's directory, with the scores of a file beside them."""
+    scores, _ = read_scores(read_items(directory / scores_file, Scores))
+    items = [entry.item for entry in read_items(directory / "answers.jsonl", Samples)]
+    items = [item for item in items if item.query_id in scores]  # what was too long to be scored is left out
+    values = [[scores[item.query_id][key] for key in item.answers] for item in items]
+    texts = [list(item.answers.values()) for item in items]
+    return Answers([item.query_id for item in items], texts, np.array(values, np.float64))
+
+
+def describe_reward_model(directory: Path) -> dict[str, Any]:
+    """What a reward model's own last evaluation says, on people's pairs where it has also others."""
+    lines = (directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    metrics = [row for line in lines if "eval/accuracy" in (row := json.loads(line))][-1]
+    calibration = read_calibration(directory)
+    errors = calibration["reliability"]["both_orders"]
+    by_role = calibration["scores"].items()
+    scores = {role: {name: values[name] for name in ("count", "mean", "std")} for role, values in by_role}
+    return {
+        "accuracy": metrics.get("eval/human/accuracy", metrics["eval/accuracy"]),
+        **{name: errors[name] for name in ERRORS},
+        "golden_over_sample": metrics.get("eval/apo/accuracy"),
+        "scores": scores,
+    }
+
+
+def read_calibration(directory: Path) -> dict[str, Any]:
+    """The numbers that alignment.rm.plots wrote."""
+    return json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
+
+
+def title(numbers: dict[str, Any]) -> str:
+    """A game in a few words."""
+    settings = numbers["settings"]
+    kind = "adversarial" if settings["adversarial"] else "without adversarial pairs"
+    return f"{settings['policy_update'].upper()}, {kind}, seed {settings['seed']}"
+
+
+def render_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a line a round."""
+    heads = ["round", "test score", "gain", "win rate", "words", "RM accuracy", "ECE", "golden over sample"]
+    heads += ["golden", "sample", "chosen", "rejected", "new"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---:|' * len(heads)}"]
+    for row in rows:
+        cells = [
+            str(row["round"]), show(Mean(**row["test_score"])), show(Mean(**row["gain"])),
+            show(Interval(**row["win_rate"])), f"{row['words']:.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells + _reward_cells(row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def show(value: Mean | Interval | float | None) -> str:
+    """A number in a cell, with what it may be wrong by."""
+    if isinstance(value, Interval):
+        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if isinstance(value, Mean):
+        return f"{value.mean:.3f} ± {value.standard_error:.3f}"
+    return "" if value is None else f"{value:.3f}"
+
+
+def _reward_cells(row: dict[str, Any]) -> list[str]:
+    if "reward_model" not in row:
+        return [""] * 8
+    model = row["reward_model"]
+    means = [model["scores"].get(role, {}).get("mean") for role in ("golden", "sample", "chosen", "rejected")]
+    values = [model["accuracy"], model["ece"], model["golden_over_sample"], *means, row["rm_score"]["mean"]]
+    return [show(value) for value in values]
+
+
+def _describe_test(numbers: dict[str, Any]) -> str:
+    if "testing_reward_model" not in numbers:
+        return ""
+    model = numbers["testing_reward_model"]
+    chosen = model["scores"]["chosen"]["mean"]
+    return (
+        f"\nThe testing reward model: accuracy {show(model['accuracy'])}, ECE {show(model['ece'])}; it gives people's "
+        f"preferred answers to the held-out prompts {show(chosen)} on average.\n"
+    )
