@@ -140,7 +140,8 @@ class Game:
 
     def _testing_reward_model(self) -> Step:
         args = self.args
-        arguments = _without(args.reward_arguments, APO_KEYS) | args.testing_reward_arguments
+        arguments = _without(args.reward_arguments, APO_KEYS) | _rate(args.reward_learning_rates, 1)
+        arguments |= args.testing_reward_arguments
         own = {
             "model_name_or_path": args.reward_model_base,
             "train_datasets": args.testing_reward_datasets,

@@ -23,7 +23,7 @@ REPORT = "rounds.json"
 ERRORS = ("ece", "ace", "mce")
 SETTINGS = ("adversarial", "policy_update", "reward_restart", "policy_restart", "num_return_sequences", "seed")
 COLUMNS = {  # heading: what stands below it
-    "round": "the policy after it; 0: as it was at the start",
+    "round": "how many the policy has behind it",
     "test score": "the testing reward model's mean score of the policy's answers to the held-out prompts, ± standard "
     "error over prompts",
     "gain": "difference to the start, prompt by prompt, ± standard error",
@@ -62,7 +62,7 @@ def describe_round(game: Game, number: int, start: Answers) -> dict[str, Any]:
         "prompts": len(answers.query_ids),
         "test_score": mean_score(answers.scores)._asdict(),
         "gain": mean_score(answers.scores - others.scores)._asdict(),
-        "win_rate": win_rate(answers, others)._asdict(),
+        "win_rate": (win_rate(answers, others) if number else Interval(0.5, 0.5, 0.5))._asdict(),
         "words": float(np.mean([len(text.split()) for texts in answers.texts for text in texts])),
     }
     if number:

@@ -93,6 +93,10 @@ class StepRunner:
         self._record["finished"].append(step.name)
         self._write()
 
+    def close(self) -> None:
+        """Let others in."""
+        self._lock.close()
+
     def _write(self) -> None:
         write_text(self.path, json.dumps(self._record, indent=2) + "\n")
 

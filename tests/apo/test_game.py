@@ -1,0 +1,143 @@
+"""What the steps of a game are told, and which arguments are refused before any of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from alignment.apo.game import Game, draw_seed
+from alignment.apo.round_arguments import RoundArguments
+from alignment.runtime.arguments import parse
+from alignment.runtime.faults import UsageError
+from data import DataError
+from tests.stages import CHECKOUT
+
+FILES = ["smollm2/apo", "smollm2/apo_baseline", "llama/apo"]
+SMALL = CHECKOUT / "config/smollm2/apo_argument.json"
+
+
+def steps_of(*words):
+    (args,) = parse(list(map(str, words)), [RoundArguments])
+    return {step.name: step for part in Game(args).steps() for step in part}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_presets_give_all_steps(name):
+    file = CHECKOUT / f"config/{name}_argument.json"
+    values, steps = json.loads(file.read_text()), steps_of(file)
+    own = ["rm", "samples", "scores", "selected", "policy", "answers", "test_scores", "rm_scores"]
+    adversarial = ["golden_samples", "comparisons"] if values["adversarial"] else []
+    each = [*adversarial, "held_out", *own]
+    rounds = [f"round-{number + 1}/{step}" for number in range(values["rounds"]) for step in each]
+    assert list(steps) == ["testing_rm", "start/answers", "start/test_scores", *rounds]
+
+
+def test_baseline_differs_in_the_adversarial_pairs_alone():
+    files = [SMALL.parent / f"{name}_argument.json" for name in ("apo", "apo_baseline")]
+    apo, baseline = (json.loads(file.read_text()) for file in files)
+    dropped = {"adversarial", "golden_datasets", "output_dir", "reward_arguments"}
+    assert {k: v for k, v in apo.items() if k not in dropped} == {
+        k: v for k, v in baseline.items() if k not in dropped
+    }
+    own = {k: v for k, v in apo["reward_arguments"].items() if not k.startswith("apo_")}
+    assert own == baseline["reward_arguments"]
+
+
+def test_llama_has_the_papers_values():
+    steps = steps_of(CHECKOUT / "config/llama/apo_argument.json")
+    rates = [steps[f"round-{number}/policy"].arguments["learning_rate"] for number in (1, 2, 3)]
+    assert rates == [5e-6, 2e-6, 9e-7]
+    for number in (1, 2, 3):
+        told = steps[f"round-{number}/rm"].arguments
+        batch = told["per_device_train_batch_size"] * told["gradient_accumulation_steps"] * 8
+        assert (told["learning_rate"], batch, told["apo_loss_coeff"], told["apo_sample_num"]) == (1e-6, 64, 0.1, 4)
+        assert (told["num_train_epochs"], told["warmup_steps"], told["max_length"]) == (1, 100, 512)
+        assert told["model_name_or_path"] == "meta-llama/Llama-2-7b"
+        drawn = steps[f"round-{number}/samples"].arguments
+        assert (drawn["temperature"], drawn["num_return_sequences"], drawn["max_new_tokens"]) == (1.2, 4, 256)
+    launcher = "-u -m paddle.distributed.launch --nproc_per_node 8 --log_dir checkpoints/llama-7b/apo/log "
+    assert steps["round-1/rm"].command.startswith(launcher)
+
+
+def test_models_hand_over_from_round_to_round():
+    def starts(*words):
+        steps = steps_of(SMALL, "--rounds", 3, "--output_dir", "g", *words)
+        kinds = ("golden_samples", "rm", "samples", "policy")
+        return [
+            [steps[f"round-{number}/{kind}"].arguments["model_name_or_path"] for kind in kinds] for number in (1, 2, 3)
+        ]
+
+    base, policies = "smollm2-135m-instruct", ["smollm2-135m-instruct", "g/round-1/policy", "g/round-2/policy"]
+    assert starts() == [[policy, base, policy, policy] for policy in policies]
+    models = ["m", "g/round-1/rm", "g/round-2/rm"]
+    told = starts("--reward_restart", "continue", "--policy_restart", "initial", "--reward_model_base", "m")
+    assert told == [[policy, model, policy, base] for policy, model in zip(policies, models, strict=True)]
+
+
+def test_reward_models_learn_from_what_they_should():
+    steps = steps_of(SMALL, "--output_dir", "g", "--testing_reward_arguments", '{"num_train_epochs": 2}')
+    told = steps["round-2/rm"].arguments
+    assert told["train_datasets"] == "hh-excerpt/train:1 of 2, apo:1.0:g/round-2/comparisons.json"
+    assert told["eval_datasets"] == "hh-excerpt/test, apo:1.0:g/round-2/held_out.json"
+    assert "--samples g/round-1/answers.jsonl" in steps["round-2/held_out"].command
+    testing = steps["testing_rm"].arguments
+    assert testing["train_datasets"] == "hh-excerpt/train" and testing["eval_datasets"] == "hh-excerpt/test"
+    assert testing["num_train_epochs"] == 2 and testing["learning_rate"] == 3e-5
+    assert not {"apo_loss_coeff", "apo_sample_num"} & testing.keys()
+    bare = steps_of(SMALL, "--reward_arguments", "{}")["round-1/rm"].arguments
+    assert (bare["apo_loss_coeff"], bare["apo_sample_num"]) == (0.1, 4)
+    plain = steps_of(SMALL, "--adversarial", "false")["round-1/rm"].arguments
+    assert plain["train_datasets"] == "hh-excerpt/train:1 of 2" and "apo_loss_coeff" not in plain
+    known = steps_of(SMALL, "--testing_reward_datasets", "null", "--testing_reward_model_name_or_path", "judge")
+    assert "testing_rm" not in known
+    assert known["round-1/test_scores"].arguments["reward_model_name_or_path"] == "judge"
+
+
+@pytest.mark.parametrize(
+    ("update", "mode", "data"),
+    [("rjs", "best", "apo-samples"), ("rrhf", "ranking", "apo-samples"), ("dpo", "pairs", "apo")],
+)
+def test_each_update_gets_what_it_needs(update, mode, data):
+    steps = steps_of(SMALL, "--policy_update", update, "--policy_arguments", "{}", "--output_dir", "g")
+    assert f"--mode {mode} " in steps["round-1/selected"].command
+    assert steps["round-1/policy"].arguments["train_datasets"] == f"{data}:1.0:g/round-1/selected.json"
+    every = steps_of(SMALL, "--policy_update", "dpo", "--policy_arguments", '{"dpo_pairs": "all"}')
+    assert "--mode ranking " in every["round-1/selected"].command
+
+
+def test_only_evaluations_draw_alike():
+    steps = steps_of(SMALL, "--rounds", 2)
+    drawn = [name for name, step in steps.items() if getattr(step, "stage", "") == "sample"]
+    seeds = {name: steps[name].arguments["seed"] for name in drawn}
+    evaluations = [seeds.pop(f"{place}/answers") for place in ("start", "round-1", "round-2")]
+    assert len(set(evaluations)) == 1 and len({*seeds.values(), *evaluations}) == len(seeds) + 1
+    assert draw_seed(1, 2, 1) != draw_seed(2, 1, 1)
+
+
+def test_files_of_queries_are_read_as_such(tmp_path):
+    golden = tmp_path / "golden.json"
+    golden.write_text("[]")
+    steps = steps_of(SMALL, "--golden_datasets", golden)
+    told = steps["round-1/golden_samples"].arguments
+    assert told["input_file"] == str(golden) and "datasets" not in told
+    assert f"--golden {golden} " in steps["round-1/comparisons"].command
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--golden_datasets", "null"], '"golden_datasets": required'),
+        (["--testing_reward_datasets", "null"], 'give either "testing_reward_datasets", .* or "testing_reward_model'),
+        (["--testing_reward_model_name_or_path", "m"], "give either"),
+        (["--reward_learning_rates", "[1e-6, 0]"], r'"reward_learning_rates": \[1e-06, 0.0\] is not allowed'),
+        (["--output_dir", "a,b"], '"output_dir": a,b must have no comma'),
+        (["--golden_datasets", "nowhere.json"], '"golden_datasets": nowhere.json: no such file'),
+        (["--policy_arguments", "nowhere.json"], "nowhere.json: No such file"),
+        (["--policy_update", "ppo"], "must be one of rjs, rrhf, dpo"),
+        (["--eval_datasets", "hh-excerp/test"], "hh-excerp/test"),
+    ],
+)
+def test_what_cannot_work_is_refused(words, message):
+    with pytest.raises((UsageError, DataError), match=message):
+        steps_of(SMALL, *words)
