@@ -18,6 +18,7 @@ SCRIPTS = {  # the others are run_ppo's
     "rm": "alignment.rm.run_reward",
     "offline": "alignment.ppo.run_offline",
     **dict.fromkeys(("rjs", "rrhf", "dpo"), "alignment.apo.run_update"),
+    "apo": "alignment.apo.run_apo",
 }
 OBJECTIVES = ("apa", "awr", "ppo")
 NAMES = {"output_dir", "actor_model_name_or_path", "reward_model_name_or_path", "model_config"}
