@@ -15,8 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from alignment.apo.game import SCRIPTS, StageStep
 from alignment.apo.round_arguments import RoundArguments
+from alignment.apo.round_steps import SCRIPTS, StageStep
 from alignment.runtime.faults import UsageError
 from alignment.runtime.steps import CHECKOUT, Step, environment, shorten
 

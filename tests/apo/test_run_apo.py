@@ -1,4 +1,4 @@
-"""A whole game by its command, on a tiny model: without interruption, and with a second round that is killed thrice."""
+"""A whole game by its command, on a tiny model: without interruption, and killed thrice in its second round."""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""Steps whose commands read an argument file, and how each kind goes on after an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.runtime.steps import Step, write_text
+
+SCRIPTS = {
+    "sample": "apo/run_sample.py",
+    "score": "apo/run_score.py",
+    "reward": "rm/run_reward.py",
+    "policy": "apo/run_update.py",
+}
+
+
+@dataclass(frozen=True)
+class StageStep(Step):
+    """A step whose command reads an argument file, which it writes before.
+
+    stage: a key of SCRIPTS; arguments: what stands in the file.
+    """
+
+    stage: str = ""
+    arguments: Mapping[str, Any] | None = None
+    argument_file: Path = Path()
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | dict(self.arguments)
+
+    def begin(self) -> str:
+        command = super().begin()
+        self.argument_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.argument_file, json.dumps(self.arguments, indent=2) + "\n")
+        return command
+
+
+class TrainingStep(StageStep):
+    """Goes on from its newest checkpoint, if it has one."""
+
+    def go_on(self) -> str:
+        resumes = any(self.output.glob("checkpoint-*/trainer_state.json"))
+        return f"{self.command} --resume_from_checkpoint true" if resumes else self.begin()
+
+
+class FileStep(StageStep):
+    """Keeps what is finished by itself, and writes its output in the end as one act."""
+
+    def begin(self) -> str:
+        self._partial.unlink(missing_ok=True)
+        return super().begin()
+
+    def go_on(self) -> str | None:
+        if not self.output.exists():
+            return self.command
+        self._partial.unlink(missing_ok=True)
+        return None
+
+    @property
+    def _partial(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.partial.jsonl")
