@@ -61,11 +61,12 @@ def project(tmp_path_factory):
     return folder
 
 
-def play(project, *words, **environment):
-    command = [sys.executable, str(CHECKOUT / "alignment/apo/run_apo.py"), "apo.json", *words]
+def play(project, *words, script="tests/apo/warm_game.py", **environment):
+    command = [sys.executable, str(CHECKOUT / script), "apo.json", *words]
+    paths = os.pathsep.join([str(CHECKOUT), *([str(project / "site")] if environment else [])])
     result = subprocess.run(
-        command, cwd=project, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=project, env={**os.environ, "PYTHONPATH": paths, **environment}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     return result.returncode, result.stdout
 
@@ -105,9 +106,8 @@ def test_game_leaves_its_report(project, whole):
 
 @pytest.mark.slow
 def test_killed_games_end_with_the_same_files(project, whole):
-    paths = os.pathsep.join([str(project / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     for place in KILLS:
-        status, shown = play(project, PYTHONPATH=paths, KILL_AT=place)
+        status, shown = play(project, KILL_AT=place)
         assert status == -signal.SIGKILL, shown
     status, shown = play(project)
     assert status == 0, shown
@@ -118,6 +118,19 @@ def test_killed_games_end_with_the_same_files(project, whole):
         assert rows_of(game / path.relative_to(whole)) == rows_of(path)
     check_changes_are_refused(project)
     check_comparison(project)
+
+
+@pytest.mark.layouts_full
+def test_two_processes_play_the_same_game(project, whole):
+    half = json.dumps(STAGE | {"per_device_train_batch_size": 4})
+    words = ("--rounds", "1", "--output_dir", "two", "--reward_arguments", half, "--policy_arguments", half)
+    status, shown = play(project, *words, "--nproc_per_node", "2", script="alignment/apo/run_apo.py")
+    assert status == 0, shown
+    for name in ("start/answers.jsonl", "round-1/comparisons.json", "round-1/samples.jsonl"):
+        assert (project / "two" / name).read_bytes() == (whole / name).read_bytes()
+    rounds = [json.loads((folder / "rounds.json").read_text())["rounds"][1] for folder in (project / "two", whole)]
+    for key in ("test_score", "rm_score"):
+        assert rounds[0][key] == pytest.approx(rounds[1][key], abs=1e-3)
 
 
 def check_changes_are_refused(project):
