@@ -107,7 +107,7 @@ def test_an_adapted_model_starts_as_its_base_on_the_same_storage(base):
 
 
 def test_only_adapters_and_a_score_head_are_trained(base):
-    policy, critic = adapt(load_policy(base), base), adapt(load_value(base, "critic"), base)
+    policy, critic = adapt(load_policy(base), base), adapt(with_random_head(load_value(base, "critic")), base)
     policy(IDS, attention_mask=MASK, return_dict=True).logits.square().mean().backward()
     critic(IDS, MASK).square().mean().backward()
     for model in (policy, critic):
