@@ -7,6 +7,7 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """With pytest-xdist (-n 2 --dist loadgroup) a file's tests go to one worker, unless it names groups of its own."""
     for item in items:
