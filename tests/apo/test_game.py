@@ -83,7 +83,7 @@ def test_reward_models_learn_from_what_they_should():
     assert "--samples g/round-1/answers.jsonl" in steps["round-2/held_out"].command
     testing = steps["testing_rm"].arguments
     assert testing["train_datasets"] == "hh-excerpt/train" and testing["eval_datasets"] == "hh-excerpt/test"
-    assert testing["num_train_epochs"] == 2 and testing["learning_rate"] == 3e-5
+    assert testing["num_train_epochs"] == 2 and testing["learning_rate"] == 2e-4
     assert not {"apo_loss_coeff", "apo_sample_num"} & testing.keys()
     bare = steps_of(SMALL, "--reward_arguments", "{}")["round-1/rm"].arguments
     assert (bare["apo_loss_coeff"], bare["apo_sample_num"]) == (0.1, 4)
