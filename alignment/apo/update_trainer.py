@@ -58,6 +58,7 @@ class RRHFTrainer(AnswersTrainer):
     def objective(
         self, log_probs: paddle.Tensor, lengths: paddle.Tensor, pairs: Pairs, batch: Arrays, denominator: float
     ) -> tuple[paddle.Tensor, Arrays]:
+        """See AnswersTrainer.objective; ranking and cross-entropy of log-probabilities per token."""
         per_token, best = log_probs / lengths, find_best(batch["item"], batch["scores"])
         ranking = ranking_loss(per_token, pairs, denominator)
         loss = ranking + self.args.rrhf_sft_coeff * best_answer_loss(per_token, best, denominator)
@@ -65,6 +66,7 @@ class RRHFTrainer(AnswersTrainer):
         return loss, {"chosen": values[pairs.better], "rejected": values[pairs.worse], "best": values[best]}
 
     def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
+        """See StageTrainer.describe; rows: log-probabilities per token, of pairs and of the best answers."""
         chosen, rejected, best = (rows[name].astype(np.float64) for name in ("chosen", "rejected", "best"))
         metrics = {
             "loss": loss,
@@ -86,6 +88,7 @@ class DPOTrainer(AnswersTrainer):
     def objective(
         self, log_probs: paddle.Tensor, lengths: paddle.Tensor, pairs: Pairs, batch: Arrays, denominator: float
     ) -> tuple[paddle.Tensor, Arrays]:
+        """See AnswersTrainer.objective; the margins are those of log(pi / ref), whole answers."""
         args, log_ratios = self.args, log_probs - paddle.to_tensor(batch["reference"])
         margins = log_ratios[pairs.better] - log_ratios[pairs.worse]
         if args.dpo_loss_type == "ipo":
@@ -97,6 +100,7 @@ class DPOTrainer(AnswersTrainer):
         return loss, {f"{side}_{name}": row[places[side]] for name, row in rows.items() for side in SIDES}
 
     def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
+        """See StageTrainer.describe; rows: log-probabilities and log-ratios float32 [P] of either side of the pairs."""
         log_probs, log_ratios = (
             [rows[f"{side}_{name}"].astype(np.float64) for side in SIDES] for name in ("log_probs", "log_ratios")
         )

@@ -171,6 +171,7 @@ class RewardTrainer(StageTrainer):
             self.normalizer.update(masked_moments(paddle.to_tensor(raw)))
 
     def save(self, step: int) -> Path:
+        """See StageTrainer.save; normaliser and temperature go into the model's config.json."""
         model, mean, variance = self.model, 0.0, 1.0
         if self.normalizer is not None and self.normalizer.variance > 0:
             mean, variance = self.normalizer.mean, self.normalizer.variance

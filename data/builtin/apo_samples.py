@@ -25,6 +25,7 @@ class APOSamplesDataset(RowDataset):
     NAME = "apo-samples"
 
     def row(self, place: int) -> dict[str, Any]:
+        """See RowDataset.row. Raises DataError for a row without a query, and for scores of no answer."""
         row = super().row(place)
         if "query" not in row and "instruction" not in row:
             raise DataError(f"{self._at(place)}: column 'query' is missing; the row has: {', '.join(row)}")
@@ -39,6 +40,7 @@ class APOSamplesDataset(RowDataset):
         return row | {"answers": answers, "scores": scores}
 
     def to_sample(self, row: Mapping[str, Any]) -> RawSample:
+        """See RowDataset.to_sample."""
         query, scores = row["query"] if "query" in row else row["instruction"], row["scores"]
         keys = sorted(scores or row["answers"], key=lambda key: int(ANSWER.fullmatch(key)[1]))
         sample = RawSample(input=query_turns(query), answers=[row["answers"][key] for key in keys])
