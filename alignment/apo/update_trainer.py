@@ -100,7 +100,7 @@ class DPOTrainer(AnswersTrainer):
         return loss, {f"{side}_{name}": row[places[side]] for name, row in rows.items() for side in SIDES}
 
     def describe(self, loss: float, rows: Arrays) -> dict[str, float]:
-        """See StageTrainer.describe; rows: log-probabilities and log-ratios float32 [P] of either side of the pairs."""
+        """See StageTrainer.describe; rows: log-probabilities and log-ratios [P] of either side of the pairs."""
         log_probs, log_ratios = (
             [rows[f"{side}_{name}"].astype(np.float64) for side in SIDES] for name in ("log_probs", "log_ratios")
         )
