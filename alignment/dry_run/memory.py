@@ -10,7 +10,7 @@ import paddle
 
 from alignment.dry_run.models import Original
 from alignment.parallel.plan import Plan, Sizes, find_shapes, plan
-from alignment.parallel.plan.arguments import RAGGED, STAGES, Options
+from alignment.parallel.plan.arguments import RAGGED, Options
 from alignment.parallel.plan.planning import GB
 from alignment.runtime.faults import process_count
 from alignment.training.arguments import planned_processes
@@ -22,8 +22,6 @@ def plan_run(stage: str, values: Mapping[str, Any], originals: Sequence[Original
     Args: values: the run's arguments, as they were given; originals: its models, the policy first.
     Raises: UsageError if models and layout do not go together.
     """
-    if stage not in STAGES:
-        return f"memory is not planned: the plan knows {', '.join(STAGES)}, not {stage}"
     sizes = Sizes.of({**values, "lora": False})
     if sizes.sequences(stage) is None:
         return f"memory is not planned: {RAGGED}"

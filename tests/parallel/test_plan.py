@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from alignment.parallel.layout import Layout
-from alignment.parallel.plan import Sizes, plan
+from alignment.parallel.plan import Plan, Sizes, plan
 from alignment.parallel.plan.activations import Activations, Precision, precision_of
 from alignment.parallel.plan.memory import Memory
 from alignment.parallel.plan.models import ACTOR, CRITIC, MODEL, REWARD, Model
@@ -122,6 +122,37 @@ def test_the_larger_of_logits_and_a_layer_at_work_counts():
     assert (without.logits, without.activations) == (0, boundaries + at_work)
 
 
+def offline(**changes) -> tuple[Plan, Memory]:
+    made = plan("offline", replace(EIGHT, **changes), PPO_7B, processes=8)
+    return made, phases(made)["update", 0]
+
+
+def test_offline_policy_and_critic_learn_in_turn():
+    names = {loss: [model.name for model in offline(policy_loss=loss)[0].models] for loss in ("awr", "bc", "ilql")}
+    assert names["bc"] == ["actor", "reference", "reward"]
+    assert names["awr"] == ["actor", "critic", "reference", "reward"]
+    assert names["ilql"] == ["actor", "heads", "targets", "reference", "reward"]
+    online, both = phases(plan("ppo", EIGHT, PPO_7B, 8))["update", 0], offline(policy_loss="awr")[1]
+    assert (both.weights, both.optimizer) == (online.weights, online.optimizer)
+    assert (both.gradients, online.gradients) == (2 * ACTOR_PART, 2 * (ACTOR_PART + SCORER_PART))
+    fixed = offline(policy_loss="awr", critic_training="none")[1]
+    assert (fixed.weights, fixed.optimizer) == (online.weights, 12 * ACTOR_PART / 4)
+    assert fixed.logits == 4 * 512 * 16000 * (4 * 4 + 2)  # every token may be an answer's
+
+
+def test_ilql_brings_heads_of_float32_on_the_last_stage():
+    bc, ilql = (offline(policy_loss=loss)[1] for loss in ("bc", "ilql"))
+    inner, value, column = 2 * 4096 * 4097, 2 * 4096 + 1, (2 * 4096 + 1) * 16000
+    learnt = inner + value + 2 * (inner + column)
+    assert ilql.weights - bc.weights == 4 * (learnt + 2 * (inner + column))
+    assert ilql.optimizer - bc.optimizer == 8 * learnt / 4
+    assert ilql.gradients - bc.gradients == 4 * learnt
+    assert ilql.logits == 4 * 512 * 16000 * (4 * 7 + 2)
+    staged = offline(policy_loss="ilql", pipeline_parallel_degree=2, sharding_parallel_degree=2)[0]
+    heads = staged.models[1]
+    assert [heads.parameters(staged.layout, stage) for stage in (0, 1)] == [0, learnt]
+
+
 def sharded(stage: str, **changes) -> Memory:
     sizes = Sizes(sharding=stage, sharding_parallel_degree=4, **changes)
     return phases(plan("sft", sizes, {MODEL: SMALL}, processes=4))["update", 0]
@@ -186,9 +217,9 @@ def test_other_models_may_have_other_shapes_and_no_reward_model_takes_nothing():
 degrees = st.sampled_from([1, 2, 4])
 
 
-@given(degrees, degrees, degrees, st.booleans(), st.booleans(), st.sampled_from(["ppo", "rm", "sft"]))
+@given(degrees, degrees, degrees, st.booleans(), st.booleans(), st.sampled_from(["ppo", "offline", "rm", "sft"]))
 def test_more_saving_never_needs_more(tensor, pipeline, sharding, bf16, sequence, stage):
-    models = PPO_7B if stage == "ppo" else {MODEL: SMALL}
+    models = PPO_7B if stage in ("ppo", "offline") else {MODEL: SMALL}
     sizes = replace(
         EIGHT,
         tensor_parallel_degree=tensor,

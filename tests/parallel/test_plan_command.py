@@ -21,13 +21,13 @@ from tests.parallel.llama2 import ROOT, SHAPES, TINY
 
 
 def stage_arguments() -> dict[str, dict]:
-    stages = ("ppo", "rm", "sft", "apo.update")
+    stages = ("ppo", "ppo.offline", "rm", "sft", "apo.update")
     return {stage: {a.name: a for group in groups_of(stage) for a in arguments_of(group)} for stage in stages}
 
 
 def test_names_defaults_and_limits_are_those_of_the_stages():
     known = stage_arguments()
-    chosen_by_plan = {"model_name_or_path", "actor_model_name_or_path"}  # has no default of its own
+    chosen_by_plan = {"model_name_or_path", "actor_model_name_or_path", "policy_loss"}  # has no default of its own
     for own in arguments_of(Sizes):
         theirs = [arguments[own.name] for arguments in known.values() if own.name in arguments]
         assert theirs, own.name
@@ -52,7 +52,8 @@ def test_every_argument_file_can_be_planned(file):
     options, sizes = read_arguments([str(file), "--processes", "8", "--max_length", "100"])
     assert (options.processes, sizes.max_length) == (8, 100)
     name = file.name[: file.name.index("_")]
-    stage = "ppo" if sizes.actor_model_name_or_path else "update" if name in UPDATES else name
+    stage = "update" if name in UPDATES else name
+    stage = "ppo" if sizes.actor_model_name_or_path and stage != "offline" else stage
     shapes = find_shapes(stage, sizes, str(SHAPES / "llama2-7b"))
     if sizes.lora:
         with pytest.raises(UsageError, match='"lora": true is not planned'):

@@ -13,9 +13,14 @@ from paddlenlp.transformers.qwen2 import modeling as qwen2
 from alignment.parallel.layout import Layout
 from alignment.parallel.plan import Sizes, plan
 from alignment.parallel.plan.activations import Activations, precision_of
-from alignment.parallel.plan.models import ACTOR, CRITIC, MODEL, Model
+from alignment.parallel.plan.models import ACTOR, CRITIC, MODEL, Model, heads_on
 from alignment.parallel.plan.shapes import ModelShape
 from alignment.ppo.losses import entropy_from_logits, log_probs_from_logits
+from alignment.ppo.models.placement import Placement
+from alignment.ppo.models.policy import Packed
+from alignment.ppo.offline.ilql_heads import IlqlHeads
+from alignment.ppo.offline.ilql_losses import ilql_loss
+from alignment.ppo.offline.ilql_model import action_values, add_heads
 
 SHAPE = ModelShape(
     hidden_size=128,
@@ -91,6 +96,15 @@ def test_parameters(bias, tied):
     assert count == shape.parameters == Model("model", shape, False, True).parameters(Layout(), 0)
 
 
+def test_parameters_of_heads():
+    learnt, targets = heads_on(Model("actor", SHAPE, False, True))
+    heads = IlqlHeads(SHAPE.hidden_size, SHAPE.vocab_size, is_split=False)
+    counts = {True: 0, False: 0}
+    for parameter in heads.parameters():
+        counts[parameter.trainable] += parameter.size
+    assert counts == {True: learnt.parameters(Layout(), 0), False: targets.parameters(Layout(), 0)}
+
+
 @pytest.mark.parametrize("shared", [1, 2])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_a_layer_keeps(recompute, shared):
@@ -130,3 +144,23 @@ def test_the_largest_moment_of_an_update_and_of_scoring(stage, recompute, vocab)
         with paddle.no_grad():
             scoring = peak_of(lambda: log_probs(model, targets, True))
         assert planned["score"] == pytest.approx(scoring, rel=0.12)  # transposed views cost memory or not, by a flag
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_largest_moment_of_an_update_by_ilql(recompute):
+    shape = replace(SHAPE, vocab_size=8192)
+    sizes = Sizes(per_device_train_batch_size=ROWS, max_length=LENGTH, recompute=recompute, policy_loss="ilql")
+    planned = next(m for m in plan("offline", sizes, {ACTOR: shape, CRITIC: shape}, 1).memory if m.phase == "update")
+    model = build(shape, recompute)
+    model.placement = Placement.here()
+    add_heads(model, seed=1)
+    for parameter in model.ilql_heads.parameters():
+        parameter.grad = paddle.zeros_like(parameter)
+    ids, mask = paddle.ones([ROWS, LENGTH], dtype="int64"), paddle.ones([ROWS, LENGTH], dtype="bool")
+    answers = mask[:, 1:]  # of all tokens but the first
+
+    def update() -> None:
+        actions = action_values(model, last_states(model), Packed(ids, mask, mask), answers)
+        ilql_loss(actions, paddle.ones(answers.shape), answers)[0].backward()
+
+    assert planned.activations + planned.logits == pytest.approx(peak_of(update), rel=0.06)

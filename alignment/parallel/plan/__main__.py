@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from alignment.parallel.plan.arguments import Options, Sizes, read_arguments
+from alignment.parallel.plan.arguments import ACTOR_STAGES, Options, Sizes, read_arguments
 from alignment.parallel.plan.models import find_shapes
 from alignment.parallel.plan.planning import plan
 from alignment.parallel.plan.tables import markdown, show
@@ -34,7 +34,7 @@ def _stage(options: Options, sizes: Sizes) -> str:
         raise UsageError(
             'command line: --stage: no "actor_model_name_or_path" is given; say whether it is rm, sft or update'
         )
-    if options.stage and names_actor != (options.stage == "ppo"):
+    if options.stage and names_actor != (options.stage in ACTOR_STAGES):
         given = "is" if names_actor else "is not"
         raise UsageError(f'command line: --stage: {options.stage}, but "actor_model_name_or_path" {given} given')
     return options.stage or "ppo"

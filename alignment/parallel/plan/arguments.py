@@ -16,9 +16,12 @@ from alignment.runtime.argument_fields import Argument, argument, arguments_of
 from alignment.runtime.arguments import build_parser, read_json_object
 from alignment.runtime.faults import UsageError
 
-STAGES = ("ppo", "rm", "sft", "update")
+STAGES = ("ppo", "offline", "rm", "sft", "update")
+ACTOR_STAGES = STAGES[:2]  # their policy is an actor beside other models
 RAGGED = "prompts have as many answers as the data give them"
 UPDATES, PAIRS = ("rjs", "rrhf", "dpo"), ("best_worst", "all")
+OBJECTIVES = ("ppo", "apa", "awr", "bc", "ilql")
+CRITIC_TRAINING = ("first", "joint", "none")
 EVALUATION = ("no", "steps", "epoch")
 EVAL_MODES = ("", "single", "tensor_parallel")
 _SHAPES = ("model_config", "reward_model_config")  # options that an argument file may hold, for its dry run
@@ -33,7 +36,7 @@ class Options:
     processes: int = field(metadata={"help": "Processes of the job, one device each.", "group": _OWN, "ge": 1})
     device_memory_gb: float = argument(80.0, "Memory of one device, in GB of 1e9 bytes.", group=_OWN, gt=0)
     stage: str | None = argument(
-        None, "Which script the file is for; default: ppo where it names an actor.", group=_OWN, choices=STAGES
+        None, "Which script the file is for; default: ppo if the file names an actor.", group=_OWN, choices=STAGES
     )
     model_config: str | None = argument(
         None,
@@ -51,10 +54,16 @@ class Sizes:
     """The stage's arguments that matter, as PaddleNLP and the stages name them."""
 
     model_name_or_path: str | None = argument(None, "sft, rm, update: the model.", group=_MODEL)
-    actor_model_name_or_path: str | None = argument(None, "ppo: the policy.", group=_MODEL)
-    reward_model_name_or_path: str | None = argument(None, "ppo: the reward model.", group=_MODEL)
-    reward_critic_model_name_or_path: str | None = argument(None, "ppo: start of the critic.", group=_MODEL)
-    judge_model_name_or_path: str | None = argument(None, "ppo: the judge of evaluations.", group=_MODEL)
+    actor_model_name_or_path: str | None = argument(None, "ppo, offline: the policy.", group=_MODEL)
+    reward_model_name_or_path: str | None = argument(None, "ppo, offline: the reward model.", group=_MODEL)
+    reward_critic_model_name_or_path: str | None = argument(None, "Where the critic starts.", group=_MODEL)
+    judge_model_name_or_path: str | None = argument(None, "Judge of evaluations.", group=_MODEL)
+    policy_loss: str | None = argument(
+        None, "offline: bc and ilql have no critic; ilql has heads of its own.", group=_MODEL, choices=OBJECTIVES
+    )
+    critic_training: str = argument(
+        "first", "offline: beside the policy, before it, or not at all.", group=_MODEL, choices=CRITIC_TRAINING
+    )
 
     max_length: int = argument(2048, "Longest sample.", group=_BATCH, ge=2)
     max_prompt_len: int | None = argument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 from alignment.parallel.layout import Layout
@@ -16,6 +16,7 @@ Moment = dict[str, float]  # fields of Memory that a phase adds to what is resid
 # Arrays of float32 as large as the logits that exist at once; 16-bit logits are there besides. As measured.
 _ARRAYS_WITH_ENTROPY = 4  # logits, probabilities, these clipped, their logarithms
 _ARRAYS_OF_CROSS_ENTROPY = 2  # logits, probabilities
+_ARRAYS_OF_ILQL = 7  # the same of the policy and of two Q heads, and the gradient of one
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Memory:
 def memory_of(setting: Setting) -> tuple[Memory, ...]:
     """Every phase of the stage on every pipeline stage, in the order of the work, at the moment that needs most."""
     phases: dict[str, Callable[[Setting, int], Iterator[Moment]]] = {"update": _update}
-    if setting.stage == "ppo":
+    if setting.samples:
         phases = {"rollout": _rollout, "score": _judge, "update": _update}
     elif setting.evaluates:
         phases["evaluate"] = _judge
@@ -61,21 +62,18 @@ def _resident(setting: Setting, phase: str, stage: int) -> Memory:
 
     ZeRO (arXiv:1910.02054) divides the optimizer state, and in stage 3 the layers of every model.
     """
-    layout, width = setting.layout, setting.precision
+    layout = setting.layout
     copied = setting.models[0].parameters(setting.rollout_layout, 0) if setting.has_copy else 0
     return Memory(
         phase,
         stage,
-        weights=sum(model.parameters(layout, stage) * width.weight for model in setting.models)
-        - sum(_elsewhere(setting, model, stage) for model in setting.models),
-        optimizer=_learnt(setting, stage) * width.optimizer / layout.sharding,
-        copy=copied * width.weight,
+        weights=sum(
+            model.parameters(layout, stage) * setting.width(model).weight - _elsewhere(setting, model, stage)
+            for model in setting.models
+        ),
+        optimizer=_held(setting, setting.models, "optimizer", stage) / layout.sharding,
+        copy=copied * setting.precision.weight,
     )
-
-
-def _learnt(setting: Setting, stage: int) -> int:
-    """Trained parameters of all models on a rank."""
-    return sum(model.trained_parameters(setting.layout, stage) for model in setting.models)
 
 
 def _elsewhere(setting: Setting, model: Model, stage: int) -> float:
@@ -95,7 +93,9 @@ def _rollout(setting: Setting, stage: int) -> Iterator[Moment]:
     """
     actor, layout, width = setting.models[0], setting.rollout_layout, setting.precision
     sizes, shape = setting.sizes, actor.shape
-    rows = min(sizes.rollout_batch_size, sizes.per_device_prompt_batch_size * sizes.num_return_sequences)
+    rows = sizes.rollout_batch_size
+    if setting.stage == "ppo":
+        rows = min(rows, sizes.per_device_prompt_batch_size * sizes.num_return_sequences)
     brought = _elsewhere(setting, actor, stage)
     gathered = {"gathered": 0.0 if setting.has_copy else brought}
     stage = 0 if setting.has_copy else stage
@@ -140,21 +140,28 @@ def _update(setting: Setting, stage: int) -> Iterator[Moment]:
 
 
 def _gradients(setting: Setting, model: Model, stage: int) -> tuple[float, float]:
-    """Bytes of all models' gradients when the last backward pass of ``model`` begins and when it ends.
+    """Bytes of the gradients that exist at once when the last backward pass of ``model`` begins and when it ends.
 
     From ZeRO stage 2 on a rank keeps the float32 sums of those it owns; beside them one pass's gradients are whole
     until it ends (stage 2), or those of a layer and of what is no layer (stage 3).
     """
     layout, width = setting.layout, setting.precision.gradient
-    learnt, own = _learnt(setting, stage), model.trained_parameters(layout, stage)
+    together = setting.learning_with(model)
     if layout.sharding_stage < 2:
-        return learnt * width, learnt * width
-    sums = 4 * learnt / layout.sharding
+        return (_held(setting, together, "gradient", stage),) * 2
+    sums = 4 * sum(other.trained_parameters(layout, stage) for other in together) / layout.sharding
+    own = _held(setting, setting.optimized_with(model), "gradient", stage)
     if layout.sharding_stage == 2:
-        return sums, sums + own * width
+        return sums, sums + own
     each = model.shape.layer_parameters(layout.tensor)
     layers = model.trained_layers(layout, stage)
-    return (sums + (own - (layers - min(layers, 1)) * each) * width,) * 2
+    return (sums + own - (layers - min(layers, 1)) * each * width,) * 2
+
+
+def _held(setting: Setting, models: Iterable[Model], part: str, stage: int) -> int:
+    """Bytes of a ``part`` (field of Precision) of what is trained of the models on a rank."""
+    counts = {model: model.trained_parameters(setting.layout, stage) for model in models}
+    return sum(count * getattr(setting.width(model), part) for model, count in counts.items())
 
 
 def _flying(setting: Setting, stage: int) -> int:
@@ -176,5 +183,7 @@ def _logits(setting: Setting, done: Pass, stage: int) -> float:
 
 
 def _logit_bytes(setting: Setting) -> int:
-    arrays = _ARRAYS_WITH_ENTROPY if setting.stage == "ppo" else _ARRAYS_OF_CROSS_ENTROPY
+    arrays = _ARRAYS_WITH_ENTROPY if setting.samples else _ARRAYS_OF_CROSS_ENTROPY
+    if setting.stage == "offline" and setting.sizes.policy_loss == "ilql":
+        arrays = _ARRAYS_OF_ILQL
     return 4 * arrays + (2 if setting.precision.activation == 2 else 0)

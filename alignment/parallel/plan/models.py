@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.parallel.layout import Layout, check_model, layers_of_stage
-from alignment.parallel.plan.arguments import RAGGED, Sizes
+from alignment.parallel.plan.arguments import ACTOR_STAGES, RAGGED, Sizes
 from alignment.parallel.plan.shapes import ModelShape, find_config, read_shape
 from alignment.ppo.models.default import DEFAULT_MODEL_NAME
 from alignment.runtime.faults import UsageError
@@ -24,6 +24,8 @@ ACTOR, CRITIC, REWARD, JUDGE, MODEL = (
 @dataclass(frozen=True)
 class Model:
     """One model of a stage. Counts are of parameters on one rank of a pipeline stage.
+
+    name: "actor", "critic", "reference", "reward", "judge", or "model" where there is one only.
 
     scores: it ends in a score head [H, 1] instead of a language-model head.
     unfrozen: trained upper layers; None: everything is trained. Means nothing where ``trained`` is False.
@@ -78,6 +80,36 @@ class Model:
         return layers * each + embeddings * ends + last
 
 
+@dataclass(frozen=True)
+class Heads(Model):
+    """ILQL's heads on the policy's last stage, float32 always (alignment.ppo.offline.ilql_heads): V and two Q, which
+    are trained, or the copies of the two, which are not."""
+
+    def layers(self, layout: Layout, stage: int) -> range:
+        """None: a head is no layer of the model."""
+        return range(0)
+
+    def trained_layers(self, layout: Layout, stage: int) -> int:
+        """None."""
+        return 0
+
+    def parameters(self, layout: Layout, stage: int) -> int:
+        """Two matrices with their biases each: [H, 2 H], and [2 H, columns]; a Q head has the vocabulary's columns."""
+        hidden, columns = self.shape.hidden_size, self.shape.vocabulary_part(layout.tensor)
+        inner = 2 * hidden * (hidden + 1)
+        values = (inner + 2 * hidden + 1) * self.trained
+        return (values + 2 * (inner + (2 * hidden + 1) * columns)) * (stage == layout.pipeline - 1)
+
+    def trained_parameters(self, layout: Layout, stage: int) -> int:
+        """All of them, or none."""
+        return self.parameters(layout, stage) * self.trained
+
+
+def heads_on(actor: Model) -> tuple[Heads, Heads]:
+    """Those that learn, and the target heads."""
+    return Heads("heads", actor.shape, True, True), Heads("targets", actor.shape, True, False)
+
+
 def models_of(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], layout: Layout) -> tuple[Model, ...]:
     """The models that the stage holds at once, trained ones first.
 
@@ -94,26 +126,29 @@ def models_of(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape], layout
             check_model(shape, layout.tensor, layout.pipeline)
         except UsageError as fault:
             raise UsageError(f'"{key}": {fault}') from None
-    if stage != "ppo":
+    if stage not in ACTOR_STAGES:
         unfrozen = _unfrozen("num_layers_unfrozen", sizes.num_layers_unfrozen, shapes[MODEL])
         return (Model("model", shapes[MODEL], stage == "rm", True, unfrozen, sizes.recompute),)
-    models = _trained(sizes, shapes)
+    models = _learners(stage, sizes, shapes)
     models.append(Model("reference", shapes[ACTOR], False, False))
     judges = (("reward", REWARD), ("judge", JUDGE))
     return (*models, *(Model(name, shapes[key], True, False) for name, key in judges if key in shapes))
 
 
-def _trained(sizes: Sizes, shapes: Mapping[str, ModelShape]) -> list[Model]:
-    """Actor and critic of ppo; a critic on the actor's layers is a vector more, which is not counted."""
+def _learners(stage: str, sizes: Sizes, shapes: Mapping[str, ModelShape]) -> list[Model]:
+    """Actor and critic, or ILQL's heads; a critic on the actor's layers is a vector more, which is not counted."""
     actor_unfrozen = _unfrozen("num_layers_unfrozen", sizes.num_layers_unfrozen, shapes[ACTOR])
     actor = Model("actor", shapes[ACTOR], False, True, actor_unfrozen, sizes.recompute)
+    if stage == "offline" and sizes.policy_loss in ("bc", "ilql"):
+        return [actor, *heads_on(actor)] if sizes.policy_loss == "ilql" else [actor]
     if sizes.critic_shares_trunk:
         return [actor]
     recompute, unfrozen = sizes.critic_recompute, sizes.critic_num_layers_unfrozen
     recompute = sizes.recompute if recompute is None else recompute
     unfrozen = sizes.num_layers_unfrozen if unfrozen is None else unfrozen
     critic_unfrozen = _unfrozen("critic_num_layers_unfrozen", unfrozen, shapes[CRITIC])
-    return [actor, Model("critic", shapes[CRITIC], True, True, critic_unfrozen, recompute)]
+    learns = stage == "ppo" or sizes.critic_training != "none"
+    return [actor, Model("critic", shapes[CRITIC], True, learns, critic_unfrozen, recompute)]
 
 
 def _unfrozen(key: str, layers: int | None, shape: ModelShape) -> int | None:
@@ -132,13 +167,13 @@ def find_shapes(
 
     Raises: UsageError if there is no config.json of the policy, or one is no good.
     """
-    key = ACTOR if stage == "ppo" else MODEL
+    key = ACTOR if stage in ACTOR_STAGES else MODEL
     name = getattr(sizes, key) or DEFAULT_MODEL_NAME
     source = model_config or find_config(name)
     if not source:
         raise UsageError(f'"{key}": no config.json of {name!r} here; name one of the same sizes with --model_config')
     shapes = {key: read_shape(source)}
-    if stage == "ppo":
+    if stage in ACTOR_STAGES:
         shapes |= _judges(sizes, shapes[ACTOR], reward_config)
     return shapes
 

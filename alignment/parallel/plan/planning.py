@@ -42,7 +42,7 @@ class Plan:
     """What a run needs; estimates of tensors alone.
 
     Attributes:
-        stage: "ppo", "rm", "sft" or "update".
+        stage: one of alignment.parallel.plan.arguments.STAGES.
         processes: how many, one device each; device_memory_gb: what a device has.
         layout, sizes, models: what was planned for.
         memory: bytes on a rank, for every phase and pipeline stage.
@@ -94,7 +94,7 @@ def plan(
     """The plan of a stage; nothing is loaded and no process is joined.
 
     Args:
-        stage: "ppo", "rm", "sft" or "update".
+        stage: one of alignment.parallel.plan.arguments.STAGES.
         sizes: of the stage's arguments; ``Sizes.of`` takes them from all arguments by name.
         shapes: of the models, by the argument that names them; ``find_shapes`` reads them.
         processes: of the job, one device each.

@@ -48,7 +48,7 @@ def _of_stage(setting: Setting, stage: int) -> Traffic:
     return Traffic(
         stage,
         gradients=sum(_summed(setting, model, stage) for model in trained)
-        + sum(_collected(done, stage) for done in passes),
+        + sum(_collected(setting, done, stage) for done in passes),
         weights=sum(_updated(setting, model, stage) for model in trained) + sum(_brought(d, stage) for d in passes),
         tensor=sum(_tensor(done, stage) for done in passes),
         pipeline=sum(_pipeline(done, stage) for done in passes),
@@ -83,12 +83,13 @@ def _summed(setting: Setting, model: Model, stage: int) -> float:
     return sent
 
 
-def _collected(done: Pass, stage: int) -> float:
+def _collected(setting: Setting, done: Pass, stage: int) -> float:
     """With every micro-batch, from ZeRO stage 2 on: gradients to their owners (arXiv:1910.02054, section 7)."""
     layout = done.activations.layout
     if layout.sharding_stage < 2:
         return 0.0
-    return all_gather(_FLOAT32 * done.model.trained_parameters(layout, stage), layout.sharding)
+    learnt = sum(model.trained_parameters(layout, stage) for model in setting.optimized_with(done.model))
+    return all_gather(_FLOAT32 * learnt, layout.sharding)
 
 
 def _updated(setting: Setting, model: Model, stage: int) -> float:
