@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from alignment.runtime.whereabouts import in_phase
+
 
 class PhaseTimer:
     """``with timer("rollout"): ...`` adds up seconds; ``pop`` gives them as metrics and starts anew.
@@ -23,7 +25,8 @@ class PhaseTimer:
     def __call__(self, phase: str) -> Iterator[None]:
         started, before, self._inside = time.perf_counter(), self._inside, 0.0
         try:
-            yield
+            with in_phase(phase):
+                yield
         finally:
             seconds = time.perf_counter() - started
             self._seconds[phase] += seconds - self._inside

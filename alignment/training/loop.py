@@ -7,6 +7,8 @@ from typing import Any
 
 from alignment.runtime.console import progress
 from alignment.runtime.metrics import MetricsWriter
+from alignment.runtime.whereabouts import here, in_phase
+from alignment.training.health import Health
 from alignment.training.setup import is_due
 
 Metrics = dict[str, float]
@@ -29,23 +31,32 @@ def run_loop(
         save: writes the checkpoint of a step.
     Returns: what the last evaluation gave.
     """
-    with MetricsWriter(args, args.output_dir, resume_from=start) as writer:
+    here.step = start
+    with MetricsWriter(args, args.output_dir, resume_from=start) as writer, Health(args, start) as health:
+
+        def record(number: int, metrics: Metrics) -> None:
+            writer.write(number, metrics)
+            health.observe(number, metrics)
 
         def record_evaluation(number: int) -> Metrics:
-            metrics = evaluate(number)
+            with in_phase("evaluation"):
+                metrics = evaluate(number)
             if metrics:
-                writer.write(number, metrics)
+                record(number, metrics)
             return metrics
 
         result = record_evaluation(0) if start == 0 else {}
         with progress(total_steps, start, args) as bar:
             for number in range(start + 1, total_steps + 1):
-                metrics, last = step(number), number == total_steps
+                here.step, last = number, number == total_steps
+                with in_phase("training"):
+                    metrics = step(number)
                 if last or number % args.logging_steps == 0:
-                    writer.write(number, metrics)
+                    record(number, metrics)
                 bar.advance(metrics)
                 if last or is_due(args.evaluation_strategy, args.eval_steps, number, steps_per_epoch):
                     result = record_evaluation(number)
                 if last or is_due(args.save_strategy, args.save_steps, number, steps_per_epoch):
-                    save(number)
+                    with in_phase("saving"):
+                        save(number)
     return result

@@ -21,6 +21,7 @@ from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import METRICS_FILE, is_main_process
 from alignment.training.checkpoint import find_checkpoint, list_checkpoints, step_of
+from alignment.training.health import ALERTS_FILE
 from data import load_dataset_modules
 
 SAMPLES_FILE = "samples.jsonl"
@@ -60,7 +61,8 @@ def _superseded(args: Any, parts: tuple[str, ...]) -> list[Path]:
     checkpoints = [path for part in parts for path in list_checkpoints(output_dir / part)]
     if start is not None and start.resolve().is_relative_to(output_dir.resolve()):
         return [path for path in checkpoints if step_of(path) > step_of(start)]
-    files = [path for path in (output_dir / METRICS_FILE, output_dir / SAMPLES_FILE) if path.exists()]
+    names = (METRICS_FILE, SAMPLES_FILE, ALERTS_FILE)
+    files = [path for name in names if (path := output_dir / name).exists()]
     return files + checkpoints
 
 
