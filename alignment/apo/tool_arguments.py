@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from alignment.parallel.layout import resolve_layout
 from alignment.parallel.topology import join
+from alignment.parallel.watchdog import start_watchdog
 from alignment.ppo.arguments import REWARDS, validate_rewards
 from alignment.ppo.arguments import TrainingArguments as PPOArguments
 from alignment.runtime.argument_fields import argument
@@ -37,7 +38,8 @@ class ToolArguments:
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
         "output_file", "overwrite_output_file", "per_device_prompt_batch_size", "per_device_eval_batch_size",
         "rollout_batch_size", "use_fusemt", "tensor_parallel_degree", "pipeline_parallel_degree", "device",
-        "disable_tqdm", "log_level", "reward_server_timeout", "reward_server_retries", "reward_server_token",
+        "disable_tqdm", "log_level", "watchdog_timeout", "reward_server_timeout", "reward_server_retries",
+        "reward_server_token",
     )  # fmt: skip
     fp16_opt_level: ClassVar[str] = "O2"  # bf16: the weights themselves
 
@@ -63,6 +65,7 @@ class ToolArguments:
     )
     disable_tqdm: bool = argument(False, "No progress bar.", group="Output")
     log_level: str = like(StageArguments, "log_level")
+    watchdog_timeout: float = like(StageArguments, "watchdog_timeout")
 
     def __post_init__(self) -> None:
         device = configure_paddle(self.device, debug=self.log_level == "debug")
@@ -73,6 +76,7 @@ class ToolArguments:
         quiet = contextlib.nullcontext() if self.log_level == "debug" else contextlib.redirect_stderr(io.StringIO())
         with quiet:
             join(self.layout)
+            start_watchdog(self.watchdog_timeout)
 
     @staticmethod
     def validate(values: dict[str, Any]) -> None:

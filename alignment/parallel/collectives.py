@@ -23,7 +23,7 @@ def barrier() -> None:
     """Wait for every process of the job."""
     everyone = topology().group("world")
     if everyone is not None:
-        meet(everyone)
+        meet(everyone, "a barrier")
         dist.barrier(everyone)
 
 
@@ -32,7 +32,7 @@ def gather_objects(item: object, group: str = "data") -> list:
     members = topology().group(group)
     if members is None:
         return [item]
-    meet(members)
+    meet(members, "a gathering")
     gathered: list = []
     dist.all_gather_object(gathered, item, group=members)
     return gathered
@@ -43,7 +43,7 @@ def from_head(item: object, group: Any = None) -> Any:
     group = group or topology().group("model")
     if group is None:
         return item
-    meet(group)
+    meet(group, "a broadcast of results")
     box = [item]
     dist.broadcast_object_list(box, src=head_of(group), group=group)
     return box[0]
@@ -59,7 +59,7 @@ def sum_tensors(tensors: Iterable[paddle.Tensor], group: str) -> None:
     members = topology().group(group)
     if members is None:
         return
-    meet(members)
+    meet(members, "a sum")
     for bucket in buckets(tensors):
         flat = flatten(bucket)
         dist.all_reduce(flat, group=members)

@@ -23,6 +23,7 @@ from paddle.distributed.parallel import ParallelEnv
 
 from alignment.parallel.autograd import Concat, Copy, Split, Sum
 from alignment.runtime.faults import LostPeer
+from alignment.runtime.whereabouts import waiting
 
 STORE_TIMEOUT_SECONDS = 300
 _default_group_impl = collective._new_process_group_impl
@@ -33,7 +34,7 @@ _meetings: dict[int, _Meeting] = {}  # by group id
 def prepare() -> None:
     """Patch Paddle for tensor and pipeline parallelism over gloo; calling it again changes nothing."""
     # Gloo publishes the address that the host's name resolves to, often loopback, whatever the launcher was told.
-    interface = _interface_of(_host())
+    interface = _interface_of(host_address())
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # ParallelEnv.device_id is read by fleet and never set on CPUs.
@@ -48,15 +49,18 @@ def prepare() -> None:
     sequence_parallel_utils.reduce_scatter = _reduce_scatter
 
 
-def meet(group: Any) -> None:
+def meet(group: Any, operation: str) -> None:
     """Wait for the other members of a gloo group, however late they are; does nothing for another backend.
 
     Gloo's operations fail for good after 30 seconds without an answer, and that limit cannot be set: whoever may have
     to wait longer for a peer's work (its rollout, its layers, its disk) meets it here first.
+
+    Args: operation: what comes then, for the watch-dog's message.
     """
     meeting = _meetings.get(group.id)
     if meeting is not None:
-        meeting()
+        with waiting(operation, group.ranks):
+            meeting()
 
 
 def _new_process_group(
@@ -92,12 +96,12 @@ def _own_store(store: Any, key: str, opens: bool) -> Any:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("", 0))
         port = holder.getsockname()[1]
-        own = core.TCPStore(_host(), port, True, 1, STORE_TIMEOUT_SECONDS)
-    store.set(key, f"{_host()}:{port}")
+        own = core.TCPStore(host_address(), port, True, 1, STORE_TIMEOUT_SECONDS)
+    store.set(key, f"{host_address()}:{port}")
     return own
 
 
-def _host() -> str:
+def host_address() -> str:
     """The address at which the launcher made this process known to the others."""
     return (os.environ.get("PADDLE_CURRENT_ENDPOINT") or "127.0.0.1").rsplit(":", 1)[0]
 
@@ -114,8 +118,8 @@ class _Meeting:
     def __init__(self, store: Any, key: str, rank: int, size: int) -> None:
         if rank == 0:
             secret = secrets.token_hex(16)
-            with Listener((_host(), 0), backlog=size, authkey=secret.encode()) as listener:
-                store.set(key, f"{_host()}:{listener.address[1]}:{secret}")
+            with Listener((host_address(), 0), backlog=size, authkey=secret.encode()) as listener:
+                store.set(key, f"{host_address()}:{listener.address[1]}:{secret}")
                 self.others = [listener.accept() for _ in range(size - 1)]
         else:
             host, port, secret = store.get(key).decode().rsplit(":", 2)

@@ -34,6 +34,7 @@ class MicroBatch(NamedTuple):
     input_ids: paddle.Tensor  # int64 [B, L]
     attention_mask: paddle.Tensor  # bool [B, L]
     finish: Callable[[paddle.Tensor], tuple[paddle.Tensor | None, Any]]
+    samples: Sequence[int] = ()  # their indices in the data set, for messages
 
 
 class Pipeline:
@@ -139,7 +140,7 @@ class Pipeline:
 def send(tensor: paddle.Tensor, direction: int) -> None:
     """Give a tensor to the next (+1) or the previous (-1) stage, which must ``receive`` it."""
     group, peer = _neighbour(direction)
-    meet(group)
+    meet(group, "sending between stages")
     dist.send(tensor.detach().contiguous(), dst=peer, group=group)
 
 
@@ -147,7 +148,7 @@ def receive(shape: list[int], dtype: str, direction: int) -> paddle.Tensor:
     """Take what the next (+1) or the previous (-1) stage sends."""
     group, peer = _neighbour(direction)
     tensor = paddle.empty(shape, dtype=dtype)
-    meet(group)
+    meet(group, "sending between stages")
     dist.recv(tensor, src=peer, group=group)
     return tensor
 

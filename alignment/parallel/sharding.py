@@ -73,7 +73,7 @@ class Shards:
 
     def collect(self, parameters: Iterable[paddle.Tensor]) -> None:
         """``collect_gradients`` of some parameters."""
-        meet(self.group)
+        meet(self.group, "collecting gradients")
         for member, owned in self._by_owner(p for p in parameters if not p.stop_gradient):
             for bucket in buckets(owned):
                 flat = flatten([p.grad if p.grad is not None else paddle.zeros(p.shape) for p in bucket])
@@ -129,7 +129,7 @@ class Shards:
                 self.is_whole = before
 
     def _broadcast(self, parameters: Iterable[paddle.Tensor]) -> None:
-        meet(self.group)
+        meet(self.group, "a broadcast of weights")
         for member, owned in self._by_owner(parameters):
             for bucket in buckets(owned):
                 mine = member == self.member

@@ -43,6 +43,12 @@ class Topology:
         return self.layout.data * self.layout.sharding
 
     @property
+    def rank(self) -> int:
+        """This process's number in the job."""
+        everyone = self.group("world")
+        return 0 if everyone is None else everyone.rank
+
+    @property
     def is_first_stage(self) -> bool:
         return self.stage == 0
 

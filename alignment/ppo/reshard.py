@@ -123,7 +123,7 @@ class Sampler:
             changes = axis is not None and split_axis(target) is None
             paddle.assign(merged(value, axis) if changes else value, target)
         if pipe is not None:
-            meet(pipe)
+            meet(pipe, "a broadcast of weights")
             dist.broadcast(target, src=pipe.ranks[stage], group=pipe)
 
 

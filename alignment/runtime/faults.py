@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from alignment.runtime.bootstrap import is_debug
+from alignment.runtime.whereabouts import here
 from data.errors import DataError
 
 USAGE_STATUS = 2
@@ -53,6 +54,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
         status = _report(fault, "out of memory: use a smaller batch, shorter answers or a smaller model", RUN_STATUS)
     except Exception as fault:
         if isinstance(fault, LostPeer) or (process_count() > 1 and _LOST_PEER_TEXT.search(str(fault))):
+            here.lost = True  # the watch-dog may know whom
             _wait_for_launcher(RUN_STATUS)
         hint = "" if is_debug() else " (ALIGNMENT_DEBUG=1 shows the traceback)"
         status = _report(fault, f"{type(fault).__name__}: {fault}{hint}", RUN_STATUS)

@@ -13,6 +13,7 @@ from paddlenlp.trainer import TrainingArguments
 
 from alignment.parallel.layout import least_processes, resolve_layout
 from alignment.parallel.topology import join
+from alignment.parallel.watchdog import start_watchdog
 from alignment.ppo.models.lora import TARGETS as LORA_TARGETS
 from alignment.runtime.argument_fields import argument
 from alignment.runtime.bootstrap import configure_paddle
@@ -152,6 +153,23 @@ class StageArguments(TrainingArguments):
         choices=("auto", "cpu", "gpu"),
     )
     logging_steps: int = argument(1, "Write metrics every so many steps.", group="Output", ge=1)
+    nonfinite: str = argument(
+        "stop",
+        "A loss, gradient, reward or log-probability that is not finite: stop ends the run; skip leaves the optimizer "
+        "step (for a reward the iteration's update) out.",
+        group="Guards",
+        choices=("stop", "skip"),
+    )
+    nonfinite_limit: int = argument(
+        10, "skip: so many steps left out in a row end the run after all.", group="Guards", ge=1
+    )
+    watchdog_timeout: float = argument(
+        300.0,
+        "Several processes: one that does not answer for so many seconds, or all waiting for each other that long, "
+        "ends the run with a line that says who; 0: never.",
+        group="Guards",
+        ge=0,
+    )
     report_to: list[str] = argument(
         list,
         "Writers beside metrics.jsonl.",
@@ -189,6 +207,7 @@ class StageArguments(TrainingArguments):
         self.layout = resolve_layout(vars(self), process_count())
         with quiet:
             join(self.layout, self.seed)
+            start_watchdog(self.watchdog_timeout)
             try:
                 super().__post_init__()
             except (ValueError, AssertionError) as fault:

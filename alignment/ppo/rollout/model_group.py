@@ -32,7 +32,7 @@ class ModelGroup:
     def wait(self) -> None:
         """Until all are here, however long the slowest takes."""
         if self.group is not None:
-            meet(self.group)
+            meet(self.group, "sampling a token")
 
     def agree(self, tokens: np.ndarray) -> np.ndarray:
         """The tokens, int64 [m], that the model's head drew.
