@@ -12,6 +12,7 @@ import paddle
 
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.pipeline import MicroBatch, Pipeline
+from alignment.parallel.topology import topology
 from alignment.ppo.experience import Experience, merge
 from alignment.ppo.models.policy import Packed, before_targets, pack_responses, response_log_probs
 from alignment.ppo.reference_answers import ReferenceScores
@@ -30,6 +31,7 @@ class Collected:
 
     answers: N decoded answers; components: {"rewards/<source>": float32 [N]}, unweighted.
     statistics: metrics of the rollout that the experience does not tell.
+    drawn_by: int64 [N], the rank that drew each answer.
     reference_scores: float32 [N], scores of the data set's own answers to the same prompts; None if not asked for.
     judged: float32 [N], the judge's scores; only of an evaluation, and only with a judge.
     """
@@ -38,6 +40,7 @@ class Collected:
     answers: list[str]
     components: dict[str, np.ndarray]
     statistics: dict[str, float]
+    drawn_by: np.ndarray
     reference_scores: np.ndarray | None = None
     judged: np.ndarray | None = None
 
@@ -81,13 +84,15 @@ class Collector:
     ) -> Collected:
         """Answer each prompt ``samples_per_prompt`` times, keep those that ``sampling.keep`` says, measure everything.
 
+        What is measured need not be finite (alignment.ppo.nonfinite).
+
         Args:
             prompts: items of a PromptOnlyDataset, the same global list on every process.
             seed, iteration: decide, with prompt id and sample number, every random choice.
             trust_engine: take the engine's log-probabilities; False has the actor's own forward pass compute them,
                 for in 16 bits two ways of computing them differ too much for a ratio.
         """
-        collected = self._answer(prompts, samples_per_prompt, seed, iteration, sampling)
+        collected = self._answer(prompts, samples_per_prompt, seed, iteration, sampling, keep_nonfinite=True)
         self.expected.update(collected.experience.prompt_id, collected.experience.lengths)
         experience, temperature = collected.experience, sampling.temperature or 1.0
         with self.timer("score"):
@@ -101,7 +106,10 @@ class Collector:
         return collected
 
     def evaluate(self, prompts: Sequence[dict], seed: int, iteration: int, sampling: SamplingParameters) -> Collected:
-        """As ``collect``, one answer a prompt and without values, which stay 0: nothing is learnt from these."""
+        """As ``collect``, one answer a prompt and without values, which stay 0: nothing is learnt from these.
+
+        Raises: RunError for a reward that is not finite.
+        """
         collected = self._answer(prompts, 1, seed, iteration, sampling)
         experience, temperature = collected.experience, sampling.temperature or 1.0
         self._fill_log_probs(experience.ref_log_probs, self.reference, experience, temperature)
@@ -111,7 +119,13 @@ class Collector:
         return replace(collected, judged=self._score(self.judge, items, collected.answers, experience)[0])
 
     def _answer(
-        self, prompts: Sequence[dict], samples_per_prompt: int, seed: int, iteration: int, sampling: SamplingParameters
+        self,
+        prompts: Sequence[dict],
+        samples_per_prompt: int,
+        seed: int,
+        iteration: int,
+        sampling: SamplingParameters,
+        keep_nonfinite: bool = False,
     ) -> Collected:
         """All answers with their rewards; log-probabilities of the reference and values are still 0."""
         with self.timer("reshard"):
@@ -124,14 +138,17 @@ class Collector:
             numbered = _number(asked, rollout.kept, renumber=sampling.keep is not None)
             rows = [prompt * kept + number for prompt, number in numbered]
             own = _join([prompts[asked[i][0]] for i in np.flatnonzero(rollout.kept)], rows, rollout)
-            parts, drawn = zip(*self.sampler.gather((own, rollout.drawn_tokens)), strict=True)
+            everything = self.sampler.gather((own, rollout.drawn_tokens, topology().rank))
+            parts, drawn, ranks = zip(*everything, strict=True)
         experience = merge(parts)
+        rank_of = {row: rank for part, rank in zip(parts, ranks, strict=True) for row in part.row.tolist()}
+        drawn_by = np.asarray([rank_of[row] for row in experience.row.tolist()])
         with self.timer("score"):
             answers = [self._decode(experience, row) for row in range(len(experience))]
             items = [prompts[row // kept] for row in experience.row]
-            experience.scores[:], components = self._score(self.rewards, items, answers, experience)
+            experience.scores[:], components = self._score(self.rewards, items, answers, experience, keep_nonfinite)
         statistics = {"rollout/drawn_tokens": float(sum(drawn)), "rollout/tokens": float(experience.lengths.sum())}
-        return Collected(experience, answers, components, statistics)
+        return Collected(experience, answers, components, statistics, drawn_by)
 
     def _own(
         self, prompts: Sequence[dict], samples_per_prompt: int, sampling: SamplingParameters
@@ -154,7 +171,12 @@ class Collector:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _score(
-        self, rewards: WeightedRewards, items: list[dict], answers: list[str], experience: Experience
+        self,
+        rewards: WeightedRewards,
+        items: list[dict],
+        answers: list[str],
+        experience: Experience,
+        keep_nonfinite: bool = False,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As ``WeightedRewards.score`` of all answers, every process judging its share."""
         batch = RewardBatch(
@@ -167,7 +189,7 @@ class Collector:
                 ids[mask] for ids, mask in zip(experience.response_ids, experience.response_mask, strict=True)
             ],
         )
-        return score_divided(rewards, batch)
+        return score_divided(rewards, batch, keep_nonfinite)
 
     def _fill_log_probs(
         self, target: np.ndarray, model: Pipeline, experience: Experience, temperature: float

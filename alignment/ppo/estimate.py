@@ -1,6 +1,7 @@
 """From experience to targets: shaped rewards, advantages, returns. Every rank computes the same on the whole."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from alignment.ppo.collect import as_tensors
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
 from alignment.ppo.experience import Experience, Targets
 from alignment.training.batches import deal
+
+REPEATED_TOKENS = 4  # as is usual: shorter runs of tokens come again in good prose too
 
 
 def estimate(
@@ -83,13 +86,24 @@ def whiten_advantages(advantages: paddle.Tensor, mask: paddle.Tensor, scope: str
 
 
 def describe_rollout(experience: Experience) -> dict[str, float]:
-    """Rewards and lengths of a batch of answers."""
+    """Rewards, lengths and repetition of a batch of answers."""
+    answers = zip(experience.response_ids, experience.response_mask, strict=True)
     return {
         "rollout/reward_mean": float(experience.scores.mean()),
         "rollout/reward_std": float(experience.scores.std(ddof=1)) if len(experience) > 1 else 0.0,
         "rollout/length_mean": float(experience.lengths.mean()),
         "rollout/truncated_rate": float(1.0 - experience.finished.mean()),
+        "rollout/repetition_rate": float(np.mean([repetition_rate(ids[mask].tolist()) for ids, mask in answers])),
     }
+
+
+def repetition_rate(tokens: Sequence[int]) -> float:
+    """Share of an answer's n-grams (n = REPEATED_TOKENS) that stood in it before; 0 for one shorter than that.
+
+    1 - distinct / all: 0 where nothing is said twice, near 1 for a loop.
+    """
+    grams = list(zip(*(tokens[start:] for start in range(REPEATED_TOKENS)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def mean_and_sem(values: np.ndarray) -> tuple[float, float]:

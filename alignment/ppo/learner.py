@@ -59,33 +59,46 @@ class Learner:
     ) -> dict[str, float]:
         """All optimizer steps of an iteration; returns their metrics, averaged over tokens or steps as named.
 
+        Steps that TrainingEngine.step leaves out count in no average.
+
         Args: tolerance: largest difference allowed between the log-probabilities of sampling and those of training,
             both before the first step; the ratio is then 1.
-        Raises: RunError over ``tolerance``, with nothing learnt, or before a step whose gradient is not finite.
+        Raises: RunError over ``tolerance``, with nothing learnt, or before a step that is not finite.
         """
-        sums, difference, minibatches = Counter(), 0.0, []
+        sums, start, minibatches = Counter(), {}, []
         with self.actor.learning():
             for number, rows in enumerate(self._minibatches(len(experience), iteration)):
                 step_sums, largest = self._accumulate(self.actor, self._policy_micro_batch, experience, targets, rows)
                 if number == 0:
-                    difference = largest
-                    check_log_probs(difference, tolerance)
+                    start = _describe_start(step_sums, largest)
+                    if tolerance < math.inf:
+                        check_log_probs(largest, tolerance)
                 elif self.args.target_kl and step_sums["approxkl"] / step_sums["tokens"] > self.args.target_kl:
                     break
                 if self.ptx_set is not None:
                     step_sums["ptx"] = self._learn_texts(steps_per_iteration(self.args) * (iteration - 1) + number)
-                sums.update(step_sums | {"actor_norm": self.actor.step()["grad_norm"], "steps": 1.0})
+                loss = step_sums["policy"] + step_sums["value"] + step_sums["ptx"]
+                sums.update(_taken(self.actor.step(loss), step_sums, "actor_norm", {"steps": 1.0}))
                 minibatches.append(rows)
         if self.critic is not None:
             sums.update(self._update_critic(experience, targets, minibatches))
-        return _describe(sums) | {"rollout/probs_diff_max": difference, **self._rates()}
+        return _describe(sums) | start | self._rates() | self.actor.guard.count(int(sums["skipped"]))
+
+    def leave_out(self, answers: int) -> dict[str, float]:
+        """Go over an iteration's steps without learning; returns the metrics of that."""
+        steps = self.args.update_iters * math.ceil(answers / self.minibatch_size)
+        engines = [engine for engine in (self.actor, self.critic) if engine is not None]
+        for engine in engines * steps:
+            engine.advance_schedule()
+        return self._rates() | self.actor.guard.count(len(engines) * steps)
 
     def _update_critic(self, experience: Experience, targets: Targets, minibatches: list[np.ndarray]) -> Sums:
         sums: Sums = Counter()
         with self.critic.learning():
             for rows in minibatches:
                 step_sums, _ = self._accumulate(self.critic, self._value_micro_batch, experience, targets, rows)
-                sums.update(step_sums | {"critic_norm": self.critic.step()["grad_norm"]})
+                done = self.critic.step(step_sums["value"])
+                sums.update(_taken(done, step_sums, "critic_norm", {"critic_steps": 1.0}))
         return sums
 
     def _minibatches(self, count: int, iteration: int) -> Iterator[np.ndarray]:
@@ -109,7 +122,10 @@ class Learner:
         for micro in own_micro_batches(rows.tolist(), lengths.__getitem__, size):
             part = experience.take(np.asarray(micro))
             parts.append((part, targets.take(np.asarray(micro), part.response_ids.shape[1])))
-        own = engine.accumulate([micro_batch(*part, tokens) for part in parts], idle_rounds(len(rows), size))
+        micro_batches = [
+            micro_batch(part, goals, tokens)._replace(samples=part.prompt_id.tolist()) for part, goals in parts
+        ]
+        own = engine.accumulate(micro_batches, idle_rounds(len(rows), size))
         sums, differences = zip(*chain(*gather_objects(own)), strict=True)
         return add_up(sums), float(np.max(differences))
 
@@ -231,8 +247,23 @@ def policy_loss(
     return losses.ppo_loss(new, old, advantages, mask, args.clip_range_ratio, tokens)
 
 
+def _taken(done: dict[str, float], sums: Sums, norm: str, count: dict[str, float]) -> Sums:
+    """What a step adds to the sums of an iteration: its own with its norm and count, or that it was left out."""
+    if done.get("skipped_steps"):
+        return Counter(skipped=1)
+    return Counter(sums | {norm: done["grad_norm"]} | count)
+
+
+def _describe_start(sums: Sums, largest: float) -> dict[str, float]:
+    """How far training is from sampling before the first step, where both are the same policy."""
+    square = (sums["ratio_sq"] - 2 * sums["ratio"]) / sums["tokens"] + 1  # the mean of (ratio - 1)^2
+    return {"rollout/probs_diff_max": largest, "val/ratio_start_error": max(square, 0.0)}  # NaN stays NaN
+
+
 def _describe(sums: Sums) -> dict[str, float]:
     tokens, steps = sums["tokens"], sums["steps"]
+    if not steps:
+        return {"policy/optimizer_steps": 0.0}
     ratio = sums["ratio"] / tokens
     metrics = {
         "policy/approxkl_avg": sums["approxkl"] / tokens,
@@ -240,14 +271,14 @@ def _describe(sums: Sums) -> dict[str, float]:
         "policy/entropy_avg": sums["entropy"] / steps,
         "policy/optimizer_steps": steps,
         "loss/policy_avg": sums["policy"] / steps,
-        "loss/value_avg": sums["value"] / steps,
+        "loss/value_avg": sums["value"] / (sums["critic_steps"] or steps),
         "val/clipfrac_avg": sums["value_clipped"] / tokens,
         "val/ratio": ratio,
         "val/ratio_var": max(sums["ratio_sq"] / tokens - ratio * ratio, 0.0),
         "actor/grad_norm": sums["actor_norm"] / steps,
     }
     if "critic_norm" in sums:
-        metrics["critic/grad_norm"] = sums["critic_norm"] / steps
+        metrics["critic/grad_norm"] = sums["critic_norm"] / sums["critic_steps"]
     if "ptx" in sums:
         metrics["loss/ptx_avg"] = sums["ptx"] / steps
     if sums["weight_sq"] > 0:  # AWR: how many of the tokens carry the gradient

@@ -15,12 +15,14 @@ import paddle
 from alignment.parallel.topology import topology
 from alignment.ppo.collect import Collected, Collector
 from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, ScoreScaler
-from alignment.ppo.estimate import estimate
+from alignment.ppo.estimate import describe_rollout, estimate
 from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
+from alignment.ppo.experience import Experience
 from alignment.ppo.judge import WinRate
 from alignment.ppo.learner import Learner, steps_per_iteration
 from alignment.ppo.load import Models
 from alignment.ppo.models.saving import save_model
+from alignment.ppo.nonfinite import describe_bad_answers
 from alignment.ppo.offload import Offload
 from alignment.ppo.reference_answers import ReferenceScores
 from alignment.ppo.reshard import Sampler
@@ -29,10 +31,12 @@ from alignment.ppo.self_check import check_reference
 from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import peak_memory_gb
+from alignment.runtime.whereabouts import in_phase
 from alignment.training.batches import BatchSchedule
 from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from alignment.training.loop import run_loop
+from alignment.training.nonfinite import Guard, check_state
 from alignment.training.setup import SAMPLES_FILE, total_steps
 
 PARTS = ("policy", "value")
@@ -71,7 +75,7 @@ class PPOTrainer:
         optimizer_steps = self.total_steps * steps_per_iteration(args)
         trained = [(models.actor, "", "actor"), (models.critic, "critic_", "critic")]
         engines = [
-            TrainingEngine(model, OptimizerSettings.from_arguments(args, prefix), optimizer_steps, name)
+            self._build_engine(model, prefix, name, optimizer_steps)
             for model, prefix, name in trained[: 1 if args.critic_shares_trunk else 2]
         ]
         self.learner = Learner(args, engines[0], engines[1] if len(engines) > 1 else None, ptx_set)
@@ -99,6 +103,10 @@ class PPOTrainer:
         if args.total_episodes:
             return math.ceil(args.total_episodes / answers)
         return total_steps(args, self.schedule.steps_per_epoch)
+
+    def _build_engine(self, model: paddle.nn.Layer, prefix: str, name: str, steps: int) -> TrainingEngine:
+        settings = OptimizerSettings.from_arguments(self.args, prefix)
+        return TrainingEngine(model, settings, steps, name, Guard.from_arguments(self.args))
 
     def _build_collector(self, drops_copy: bool) -> Collector:
         args, models, learner = self.args, self.models, self.learner
@@ -141,15 +149,11 @@ class PPOTrainer:
         started = time.perf_counter()
         collected = self.rollout(iteration)
         experience = collected.experience
-        checked = iteration == 1 and self._is_float32()
-        if checked:
-            check_reference(experience, self.args.self_check_tolerance)
-        targets, metrics = estimate(
-            experience, self.args, self.controller, self.score_scaler, collected.reference_scores
-        )
-        with self.timer("update"):
-            tolerance = self.args.self_check_tolerance if checked else math.inf
-            metrics |= self.learner.update(experience, targets, iteration, tolerance)
+        with in_phase("score"):
+            fault = describe_bad_answers(experience, collected.components, collected.drawn_by)
+            if fault is not None:
+                self.learner.actor.guard.refuse(fault)
+        metrics = self._learn(collected, iteration) if fault is None else self._leave_out(experience)
         self.episodes += len(experience)
         timings = self.timer.pop()
         return {
@@ -163,6 +167,22 @@ class PPOTrainer:
             "perf/iteration_s": time.perf_counter() - started,
             "perf/max_memory_gb": peak_memory_gb(),
         }
+
+    def _learn(self, collected: Collected, iteration: int) -> dict[str, float]:
+        experience = collected.experience
+        checked = iteration == 1 and self._is_float32()
+        if checked:
+            check_reference(experience, self.args.self_check_tolerance)
+        targets, metrics = estimate(
+            experience, self.args, self.controller, self.score_scaler, collected.reference_scores
+        )
+        with self.timer("update"):
+            tolerance = self.args.self_check_tolerance if checked else math.inf
+            return metrics | self.learner.update(experience, targets, iteration, tolerance)
+
+    def _leave_out(self, experience: Experience) -> dict[str, float]:
+        """Nothing is learnt from these answers, and neither KL controller nor score scaling sees them."""
+        return describe_rollout(experience) | self.learner.leave_out(len(experience))
 
     def rollout(self, iteration: int) -> Collected:
         """Answers of the current policy to this iteration's prompts, judged by the other models."""
@@ -193,6 +213,8 @@ class PPOTrainer:
             "win_rate": self.win_rate and self.win_rate.state_dict(),
         }
         actor, critic = self.learner.actor, self.learner.critic
+        for engine in filter(None, (critic, actor)):
+            check_state(engine)
         for part, model, engine in (("value", self.models.critic, critic), ("policy", self.models.actor, actor)):
 
             def save_weights(directory: Path, model: paddle.nn.Layer = model, engine: Any = engine) -> None:

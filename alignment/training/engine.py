@@ -20,7 +20,7 @@ from alignment.ppo.models.placement import is_copy, is_tied, merged, own_slice, 
 from alignment.ppo.models.policy import passes_of
 from alignment.ppo.models.weights import WeightFiles
 from alignment.runtime.bootstrap import return_freed_memory
-from alignment.runtime.faults import RunError
+from alignment.training.nonfinite import Guard, describe_bad_step
 
 NORM_EPSILON = 1e-6  # as in paddle.nn.utils.clip_grad_norm_
 
@@ -62,15 +62,27 @@ class TrainingEngine:
         settings: optimizer and schedule.
         total_steps: optimizer steps of the whole run, for the schedule.
         name: for messages, e.g. "actor".
+        guard: what becomes of a step that is not finite; None: the run stops.
 
     Attributes:
+        learning_rate: of the latest step; peak_learning_rate: the one that was asked for.
+        seen: micro-batches since the last step or ``discard``, and idle rounds, as ``accumulate`` was given them.
         optimizer_home: where ``optimizer_tensors`` are between uses, as Shards.home.
         spares_memory: give memory that a step has freed back to the system, which costs some time.
     """
 
-    def __init__(self, model: paddle.nn.Layer, settings: OptimizerSettings, total_steps: int, name: str) -> None:
+    def __init__(
+        self,
+        model: paddle.nn.Layer,
+        settings: OptimizerSettings,
+        total_steps: int,
+        name: str,
+        guard: Guard | None = None,
+    ) -> None:
         self.model = model
         self.name = name
+        self.guard = guard or Guard()
+        self.seen: list[tuple[Sequence[MicroBatch], int]] = []
         self.max_grad_norm = settings.max_grad_norm
         self.names = {p.name: key for key, p in model.named_parameters() if not p.stop_gradient}
         self.pipeline = passes_of(model)
@@ -84,7 +96,7 @@ class TrainingEngine:
             num_warmup_steps=warmup,
             num_training_steps=total_steps,
         )
-        self.learning_rate = self.scheduler.get_lr()  # of the latest step
+        self.learning_rate, self.peak_learning_rate = self.scheduler.get_lr(), settings.learning_rate
         decayed = {name for name, key in self.names.items() if "norm" not in key and not key.endswith("bias")}
         self.optimizer = None if not self.shards.own else paddle.optimizer.AdamW(
             learning_rate=self.scheduler,
@@ -113,6 +125,7 @@ class TrainingEngine:
 
         Args: idle_rounds: how many fewer these are than another process has.
         """
+        self.seen.append((micro_batches, idle_rounds))
         if self.shards.stage < 2:
             return self.pipeline.forward_backward(micro_batches)
         reports = []
@@ -124,15 +137,35 @@ class TrainingEngine:
         return reports
 
     @paddle.no_grad()
-    def step(self) -> dict[str, float]:
+    def step(self, loss: float = 0.0) -> dict[str, float]:
         """Sum gradients over processes, clip, update. Returns {"grad_norm", "lr"} of this step.
 
-        Raises: RunError if the gradient is not finite; the weights are then untouched.
+        Without a finite loss and gradient, weights and moments stay as they are on all processes; the schedule goes
+        on. Where such steps may be left out, {"skipped_steps": 0 or 1} comes too.
+
+        Args: loss: of the whole step, over all processes.
+        Raises: RunError if the loss or the gradient is not finite and the guard does not let that pass.
         """
         gradients = self._sum_gradients()
         norm = self._norm(gradients)
-        if not math.isfinite(norm):
-            raise RunError(f"the gradient of the {self.name} is not finite ({norm}): lower the learning rate")
+        if math.isfinite(norm) and math.isfinite(loss):
+            self._update(gradients, norm)
+            self.guard.accept()
+            skipped = 0
+        else:
+            self.guard.refuse(describe_bad_step(self, loss, norm))
+            self.discard()
+            skipped = 1
+        self.advance_schedule()
+        return {"grad_norm": norm, "lr": self.learning_rate, **self.guard.count(skipped)}
+
+    def advance_schedule(self) -> None:
+        """Go on to the learning rate of the next step."""
+        self.learning_rate = self.scheduler.get_lr()
+        self.scheduler.step()
+
+    def _update(self, gradients: dict[str, paddle.Tensor], norm: float) -> None:
+        """Clip the whole batch's gradients, whose length is ``norm``, and let the optimizer use them."""
         if 0 < self.max_grad_norm < norm + NORM_EPSILON:
             for gradient in gradients.values():
                 gradient.scale_(self.max_grad_norm / (norm + NORM_EPSILON))
@@ -142,12 +175,10 @@ class TrainingEngine:
         if self.spares_memory:
             return_freed_memory()
         self.shards.share_updates()
-        self.learning_rate = self.scheduler.get_lr()
-        self.scheduler.step()
-        return {"grad_norm": norm, "lr": self.learning_rate}
 
     def discard(self) -> None:
         """Forget the gradients added since the last step."""
+        self.seen.clear()
         self.shards.sums.clear()
         for parameter in self.parameters:
             parameter.clear_gradient(False)

@@ -20,6 +20,7 @@ from alignment.training.batches import BatchSchedule, idle_rounds, own_micro_bat
 from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from alignment.training.loop import run_loop
+from alignment.training.nonfinite import Guard, check_state
 from alignment.training.setup import check_positions, total_steps
 
 Arrays = dict[str, np.ndarray]
@@ -52,7 +53,8 @@ class StageTrainer(ABC):
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * topology().data_size
         self.schedule = BatchSchedule(len(train_set), batch_size, args.data_seed, args.dataloader_drop_last)
         self.total_steps = total_steps(args, self.schedule.steps_per_epoch)
-        self.engine = TrainingEngine(model, OptimizerSettings.from_arguments(args), self.total_steps, "model")
+        settings, guard = OptimizerSettings.from_arguments(args), Guard.from_arguments(args)
+        self.engine = TrainingEngine(model, settings, self.total_steps, "model", guard)
         self.output_dir = Path(args.output_dir)
 
     # ---- what a subclass provides -----------------------------------------------------------------------------------
@@ -101,12 +103,15 @@ class StageTrainer(ABC):
     def training_step(self, step: int) -> dict[str, float]:
         """One optimizer step on global batch number ``step``, counted from 1."""
         started = time.perf_counter()
-        items = [self.train_set[int(index)] for index in self.schedule(step - 1)]
+        indices = self.schedule(step - 1).tolist()
+        items = [self.train_set[index] for index in indices]
         size = self.args.per_device_train_batch_size
-        reports = self.engine.accumulate(self._micro_batches(items, size), idle_rounds(len(items), size))
+        reports = self.engine.accumulate(self._micro_batches(items, size, indices), idle_rounds(len(items), size))
         loss, rows = _over_processes(reports)
-        metrics = self.describe(loss, rows) | self.engine.step()
-        self.finish_step(rows)
+        metrics = {"loss": loss, **self.engine.step(loss)}
+        if not metrics.get("skipped_steps"):
+            metrics |= self.describe(loss, rows)
+            self.finish_step(rows)
         seconds = time.perf_counter() - started
         return metrics | {
             "epoch": step / self.schedule.steps_per_epoch,
@@ -121,17 +126,22 @@ class StageTrainer(ABC):
 
     def run_held_out(self) -> tuple[float, Arrays]:
         """Loss and rows of all held-out samples, every process working on its share."""
-        items = list(self.eval_set)
-        reports = self.engine.pipeline.forward(self._micro_batches(items, self.args.per_device_eval_batch_size))
+        items, size = list(self.eval_set), self.args.per_device_eval_batch_size
+        reports = self.engine.pipeline.forward(self._micro_batches(items, size, range(len(items))))
         return _over_processes(reports)
 
-    def _micro_batches(self, items: list[dict], size: int) -> list[MicroBatch]:
-        denominator = self.count(items)
-        parts = own_micro_batches(items, self.length, size)
-        return [self.micro_batch(self.collate(part), denominator) for part in parts]
+    def _micro_batches(self, items: list[dict], size: int, indices: Sequence[int]) -> list[MicroBatch]:
+        """This process's share of the items; indices: theirs in the data set."""
+        denominator, result = self.count(items), []
+        for part in own_micro_batches(range(len(items)), lambda place: self.length(items[place]), size):
+            batch = self.collate([items[place] for place in part])
+            samples = [indices[place] for place in part]
+            result.append(self.micro_batch(batch, denominator)._replace(samples=samples))
+        return result
 
     def save(self, step: int) -> Path:
         """Write checkpoint-<step> and drop the oldest over save_total_limit."""
+        check_state(self.engine)
         path = save_checkpoint(self.output_dir, step, self.write_files, self.engine, self.state_dict())
         drop_old_checkpoints(self.output_dir, self.args.save_total_limit)
         return path

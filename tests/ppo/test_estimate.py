@@ -77,12 +77,21 @@ def expected_of(experience: Experience, args, coefficient: float, shift=0.0, sca
         "rollout/reward_std": experience.scores.astype(np.float64).std(ddof=1) if len(experience) > 1 else 0.0,
         "rollout/length_mean": np.mean(experience.lengths),
         "rollout/truncated_rate": np.mean([not done for done in experience.finished]),
+        "rollout/repetition_rate": np.mean(
+            [repeated(ids[:length]) for ids, length in zip(experience.response_ids, experience.lengths, strict=True)]
+        ),
     }
     if args.normalize_advantage:
         everything = np.concatenate(advantages)
         spread = everything.var(ddof=1) if len(everything) > 1 else 0.0
         advantages = [(np.array(row) - everything.mean()) / math.sqrt(spread + 1e-8) for row in advantages]
     return advantages, returns, metrics
+
+
+def repeated(ids):
+    """Share of four tokens in a row that came before."""
+    found = [tuple(ids[start : start + 4]) for start in range(len(ids) - 3)]
+    return np.mean([gram in found[:place] for place, gram in enumerate(found)]) if found else 0.0
 
 
 def assert_matches(experience, actual, expected, atol=1e-4):

@@ -31,6 +31,7 @@ from alignment.runtime.timing import PhaseTimer
 from alignment.training.batches import BatchSchedule
 from alignment.training.checkpoint import find_checkpoint
 from alignment.training.engine import OptimizerSettings, TrainingEngine
+from alignment.training.nonfinite import Guard
 from alignment.training.setup import (
     check_positions,
     check_resumes_alike,
@@ -88,10 +89,12 @@ def build_learner(
     own = args.per_device_train_batch_size * args.gradient_accumulation_steps
     schedule = BatchSchedule(len(train), own * topology().data_size, args.data_seed, args.dataloader_drop_last)
     steps = total_steps(args, schedule.steps_per_epoch)
-    actor, critic = TrainingEngine(models.actor, OptimizerSettings.from_arguments(args), steps, "actor"), None
+    settings, critic = OptimizerSettings.from_arguments(args), None
+    actor = TrainingEngine(models.actor, settings, steps, "actor", Guard.from_arguments(args))
     if models.critic is not None and args.critic_training != "none":
         settings = OptimizerSettings.from_arguments(args, "critic_")
-        critic = TrainingEngine(models.critic, settings, critic_steps(args, schedule) or steps, "critic")
+        guard, steps = Guard.from_arguments(args), critic_steps(args, schedule) or steps
+        critic = TrainingEngine(models.critic, settings, steps, "critic", guard)
     collector = LoggedCollector(
         sampler=_sampler(args, models, actor, offload) if answers else None,
         actor=actor.pipeline,

@@ -108,10 +108,11 @@ class IlqlLearner:
         with self.actor.learning():
             parts = micro_batches(self.objective, self.experience, no_targets(self.experience), rows, size)
             sums = sum_up(self.actor.accumulate(parts, idle_rounds(len(rows), size)))
-            norm = self.actor.step()["grad_norm"]
-            if number % args.steps_for_target_q_sync == 0 and topology().is_last_stage:
+            done = self.actor.step(sums["ilql"])
+            taken = not done.get("skipped_steps")
+            if taken and number % args.steps_for_target_q_sync == 0 and topology().is_last_stage:
                 self.actor.model.ilql_heads.move_targets(args.ilql_alpha)
-        self.answers += len(rows)
+        self.answers += len(rows) * taken
         return {
             "logged/answers": self.answers,
             "logged/score_mean": self.scores.mean,
@@ -120,8 +121,8 @@ class IlqlLearner:
             **{f"loss/{name}_avg": sums[name] / sums["tokens"] for name in TERMS},
             **{metric: sums[name] / sums["tokens"] for metric, name in MEANS.items()},
             "policy/effective_tokens": sums["weight"] ** 2 / sums["weight_sq"] if sums["weight_sq"] > 0 else 0.0,
-            "actor/grad_norm": norm,
-            "lr": self.actor.learning_rate,
+            "actor/grad_norm": done.pop("grad_norm"),
+            **done,
         }
 
     def evaluate(self, number: int) -> dict[str, float]:

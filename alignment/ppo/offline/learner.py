@@ -94,7 +94,12 @@ class AdvantageLearner:
             self.targets, self.critic_fit = self.estimator.fit(self.train.experience)
         rows = self.schedule(done)
         metrics = self._improve_policy(rows) | self._describe_scores() | self._describe_advantages()
-        return metrics | self._improve_critic(rows) if self._learn_together else metrics
+        if not self._learn_together:
+            return metrics
+        both = metrics | self._improve_critic(rows)
+        if "skipped_steps" in both:
+            both["skipped_steps"] += metrics["skipped_steps"]
+        return both
 
     @property
     def _learn_together(self) -> bool:
@@ -107,33 +112,36 @@ class AdvantageLearner:
         return self._learn_together and done % self.args.critic_refresh == 0
 
     def _improve_policy(self, rows: np.ndarray) -> dict[str, float]:
-        sums, norm = self._optimize(self.actor, policy_micro_batch, rows)
-        self.answers += len(rows)
+        sums, done = self._optimize(self.actor, policy_micro_batch, rows)
+        self.answers += 0 if done.get("skipped_steps") else len(rows)
         metrics = {
             "logged/answers": self.answers,
             "loss/policy_avg": sums["policy"],
             "policy/approxkl_avg": sums["approxkl"] / sums["tokens"],
             "policy/clipfrac_avg": sums["clipped"] / sums["tokens"],
             "policy/entropy_avg": sums["entropy"] / sums["tokens"],
-            "actor/grad_norm": norm,
-            "lr": self.actor.learning_rate,
+            "actor/grad_norm": done.pop("grad_norm"),
+            **done,
         }
         if self.args.policy_loss == "awr":
             metrics["policy/effective_tokens"] = sums["weight"] ** 2 / sums["weight_sq"]
         return metrics
 
     def _improve_critic(self, rows: np.ndarray) -> dict[str, float]:
-        sums, norm = self._optimize(self.critic, value_micro_batch, rows)
-        return {"loss/value_avg": sums["value"], "critic/grad_norm": norm, "critic/lr": self.critic.learning_rate}
+        sums, done = self._optimize(self.critic, value_micro_batch, rows)
+        critic = {"critic/grad_norm": done.pop("grad_norm"), "critic/lr": done.pop("lr")}
+        return {"loss/value_avg": sums["value"], **critic, **done}
 
-    def _optimize(self, engine: TrainingEngine, objective: Objective, rows: np.ndarray) -> tuple[Sums, float]:
-        """One optimizer step on the given training answers; sums over all processes, and the gradient's norm."""
+    def _optimize(
+        self, engine: TrainingEngine, objective: Objective, rows: np.ndarray
+    ) -> tuple[Sums, dict[str, float]]:
+        """One optimizer step on the given training answers; sums over all processes, and what the step returned."""
         size = self.args.per_device_train_batch_size
         own = partial(objective, self.args, engine.model)
         with engine.learning():
             parts = micro_batches(own, self.train.experience, self.targets, rows, size)
             sums = sum_up(engine.accumulate(parts, idle_rounds(len(rows), size)))
-            return sums, engine.step()["grad_norm"]
+            return sums, engine.step(sums["policy"] + sums["value"])
 
     def _describe_scores(self) -> dict[str, float]:
         if self.estimator is None:

@@ -64,7 +64,8 @@ def micro_batches(
     result = []
     for share in own_micro_batches(rows.tolist(), length_of.__getitem__, size):
         part = experience.take(np.asarray(share))
-        result.append(objective(part, targets.take(np.asarray(share), part.response_ids.shape[1]), float(tokens)))
+        micro = objective(part, targets.take(np.asarray(share), part.response_ids.shape[1]), float(tokens))
+        result.append(micro._replace(samples=part.prompt_id.tolist()))
     return result
 
 

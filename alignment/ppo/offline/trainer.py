@@ -19,6 +19,7 @@ from alignment.training.batches import BatchSchedule
 from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
 from alignment.training.engine import TrainingEngine
 from alignment.training.loop import run_loop
+from alignment.training.nonfinite import check_state
 from alignment.training.setup import SAMPLES_FILE, total_steps
 
 PARTS = ("policy", "value")
@@ -142,6 +143,8 @@ class OfflineTrainer:
 
     def save(self, number: int) -> None:
         """Write a checkpoint-N of every model, the policy's last: where it is there, so are the others."""
+        for engine in self.learner.engines.values():
+            check_state(engine)
         state = self.learner.state_dict() | {"win_rate": self.win_rate and self.win_rate.state_dict()}
         for part, engine in self.learner.engines.items():
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,6 +49,17 @@ class RewardBatch:
         return RewardBatch(finished=self.finished[list(rows)], **lists)
 
 
+class NonFiniteReward(RunError):
+    """Some rewards are not finite float32.
+
+    Attributes: values: all of them, float32 [N], those that are too large for float32 as infinities.
+    """
+
+    def __init__(self, message: str, values: np.ndarray) -> None:
+        super().__init__(message)
+        self.values = values
+
+
 class RewardSource(Protocol):
     """Scores responses. `name` is short and appears in metrics as rewards/<name>.
 
@@ -73,7 +84,8 @@ def check_rewards(values: Any, count: int, who: str) -> np.ndarray:
     """Turn what a user's function or server returned into float32 [count].
 
     values: a list, tuple, or anything with `tolist` (NumPy, Paddle, torch, pandas) of `count` numbers.
-    Raises RunError, naming `who`, for any other type, a wrong length, or a value that is not a finite float32.
+    Raises RunError, naming `who`, for any other type or a wrong length, NonFiniteReward for a value that is not a
+    finite float32.
     """
     kind = type(values).__name__
     rows = values.tolist() if hasattr(values, "tolist") else values
@@ -81,28 +93,42 @@ def check_rewards(values: Any, count: int, who: str) -> np.ndarray:
         raise RunError(f"{who} returned {kind}, not a sequence of {count} numbers")
     if len(rows) != count:
         raise RunError(f"{who} returned {len(rows)} rewards for {count} responses")
-    return np.array([_as_finite(row, index, who) for index, row in enumerate(rows)], dtype=np.float32)
+    numbers = [_as_number(row, index, who) for index, row in enumerate(rows)]
+    with np.errstate(over="ignore"):
+        rewards = np.array(numbers, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(rewards))
+    if bad.size:
+        problem = f"{who} returned {numbers[bad[0]]} for response {bad[0]}, which is not a finite float32"
+        raise NonFiniteReward(problem, rewards)
+    return rewards
 
 
-def _as_finite(value: Any, index: int, who: str) -> float:
+def _as_number(value: Any, index: int, who: str) -> float:
     if hasattr(value, "tolist"):  # a list of NumPy scalars or 0-d tensors
         value = value.tolist()
     if not isinstance(value, (bool, int, float)):
         raise RunError(f"{who} returned {value!r:.80} for response {index}, which is not a number")
     try:
-        number = float(value)
+        return float(value)
     except OverflowError:  # an int of more than 308 digits
-        number = math.inf
-    if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
-        raise RunError(f"{who} returned {number} for response {index}, which is not a finite float32")
-    return number
+        return math.inf
 
 
-def _ask(source: RewardSource, batch: RewardBatch) -> np.ndarray:
+def _ask(source: RewardSource, batch: RewardBatch, keep: bool) -> np.ndarray:
     """A model is run by all its processes together; anything else is asked once for those with the same responses."""
     if source.is_divided:
-        return source(batch)
-    return from_head(source(batch) if topology().is_head else None)
+        return _kept(lambda: source(batch), keep)
+    return from_head(_kept(lambda: source(batch), keep) if topology().is_head else None)
+
+
+def _kept(rewards: Callable[[], np.ndarray], keep: bool) -> np.ndarray:
+    """The rewards; with ``keep`` also where some are not finite."""
+    try:
+        return rewards()
+    except NonFiniteReward as fault:
+        if not keep:
+            raise
+        return fault.values
 
 
 class WeightedRewards(RewardSource):
@@ -133,15 +159,16 @@ class WeightedRewards(RewardSource):
         for source in self.sources.values():
             source.sit_out()
 
-    def score(self, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def score(self, batch: RewardBatch, keep_nonfinite: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the weighted sum, float32 [N], and {"rewards/<name>": float32 [N]} unweighted.
 
         The components come per response, not as means, so that the trainer can average them over all ranks.
-        Raises RunError when a source fails or the sum overflows float32.
+        Raises RunError when a source fails or, but for ``keep_nonfinite``, a reward or the sum is not finite.
         """
-        components = {f"rewards/{name}": _ask(source, batch) for name, source in self.sources.items()}
+        components = {f"rewards/{name}": _ask(source, batch, keep_nonfinite) for name, source in self.sources.items()}
         total = sum(w * part.astype(np.float64) for w, part in zip(self.weights, components.values(), strict=True))
-        return check_rewards(total, len(batch), "the weighted sum of rewards"), components
+        checked = _kept(lambda: check_rewards(total, len(batch), "the weighted sum of rewards"), keep_nonfinite)
+        return checked, components
 
     def __call__(self, batch: RewardBatch) -> np.ndarray:
         return self.score(batch)[0]

@@ -10,7 +10,9 @@ from alignment.ppo.rewards.base import RewardBatch, WeightedRewards
 from alignment.training.batches import deal
 
 
-def score_divided(rewards: WeightedRewards, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def score_divided(
+    rewards: WeightedRewards, batch: RewardBatch, keep_nonfinite: bool = False
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """As ``WeightedRewards.score`` of the whole ``batch``, on every process; with fewer responses than shares too.
 
     Args: batch: the same on every process, token ids included.
@@ -18,7 +20,7 @@ def score_divided(rewards: WeightedRewards, batch: RewardBatch) -> tuple[np.ndar
     place = topology()
     own = deal(range(len(batch)), lambda row: len(batch.response_ids[row]), place.data_rank, place.data_size)
     if own:
-        part = rewards.score(batch.take(own))
+        part = rewards.score(batch.take(own), keep_nonfinite)
     else:
         rewards.sit_out()
         part = np.zeros([0], dtype=np.float32), {}
