@@ -14,10 +14,26 @@ import psutil
 import pytest
 
 from alignment.runtime import bootstrap
-from tests.stages import ARGUMENTS, SCRIPTS, read_rows, write_project
+from tests.stages import ARGUMENTS, SCRIPTS, read_rows, run, write_project
 
 PROCESSES, SECONDS = 3, 4
 ENDLESS = ARGUMENTS["sft"] | {"max_steps": 10**6, "watchdog_timeout": SECONDS, "eval_datasets": None}
+SLOW_REWARD = """
+import os
+import time
+
+calls = 0
+
+
+def slow_then_broken(responses):
+    global calls
+    calls += 1
+    if os.environ["PADDLE_TRAINER_ID"] == "1":
+        if calls == 2:
+            raise ValueError("no reward today")
+        time.sleep(8)
+    return [len(text) / 4 for text in responses]
+"""
 
 pytestmark = [
     pytest.mark.layouts,
@@ -66,3 +82,17 @@ def test_a_killed_process(project):
     status, logs = disturb(project, "kill", signal.SIGKILL, 1)
     assert status != 0
     assert logs == [[], [], []]  # nobody else pretends to know the reason
+
+
+def test_a_slow_process_is_waited_for_and_a_failing_one_speaks_alone(project):
+    """Rank 1 takes twice the watch-dog's time for its first rewards, and fails at its second."""
+    (project / "slow.py").write_text(SLOW_REWARD)
+    options = ("--reward_function", "slow.py:slow_then_broken", "--eval_datasets", "null")
+    options += ("--evaluation_strategy", "no")
+    sizes = ("--per_device_prompt_batch_size", 2, "--per_device_train_batch_size", 2, "--watchdog_timeout", SECONDS)
+    status, _ = run(project, "ppo", *options, *sizes, processes=2)
+    assert status == 1
+    logs = [(project / "log" / f"workerlog.{rank}").read_text() for rank in range(2)]
+    assert "error" not in logs[0]
+    assert logs[1].startswith("error: reward function slow.py:slow_then_broken raised ValueError: no reward today")
+    assert [row["step"] for row in read_rows(project / "ppo" / "metrics.jsonl")] == [1]
