@@ -29,7 +29,7 @@ def slow_then_broken(responses):
     global calls
     calls += 1
     if os.environ["PADDLE_TRAINER_ID"] == "1":
-        if calls == 2:
+        if calls > 1:
             raise ValueError("no reward today")
         time.sleep(8)
     return [len(text) / 4 for text in responses]

@@ -103,7 +103,7 @@ class Host:
         while True:
             self._hear(0, own_beat())
             self._listen()
-            line = judge(self._table(), self.timeout)
+            line = judge(self._table(), self.timeout, complete=len(self.beats) == self.size)
             if line is not None:
                 for connection in self.ranks:
                     with contextlib.suppress(OSError):  # it has ended
@@ -191,14 +191,17 @@ def limit(timeout: float, lost: bool) -> float:
     return min(timeout, PEER_GRACE_SECONDS) if lost else timeout
 
 
-def judge(table: Table, timeout: float) -> str | None:
-    """What is wrong, on one line: who is silent, or that all wait for each other; None: nothing."""
+def judge(table: Table, timeout: float, complete: bool = True) -> str | None:
+    """What is wrong, on one line: who is silent, or that all wait for each other; None: nothing.
+
+    Args: complete: the table has all processes; else some may wait for one that has ended, and will see that.
+    """
     most = limit(timeout, any(seen.beat.lost for seen in table.values()))
     silent = [rank for rank, seen in table.items() if seen.silent > most]
     if silent:
         who = "; ".join(_tell_silent(rank, table) for rank in silent)
         return f"watch-dog: {who}"
-    if all(seen.beat.waits and seen.same > timeout for seen in table.values()):
+    if complete and all(seen.beat.waits and seen.same > timeout for seen in table.values()):
         who = "; ".join(_tell_waiting(rank, table) for rank in table)
         return f"watch-dog: for {timeout:g} s all processes have been waiting for each other: {who}"
     return None

@@ -37,6 +37,7 @@ def test_waiting_long_for_a_process_that_works_is_no_hang():
 
 def test_all_waiting_for_each_other():
     beats = waits("a barrier"), waits(), waits()
+    assert judge(table(*beats, same=(99, 99, 61)), 60, complete=False) is None  # one has ended
     assert judge(table(*beats, same=(99, 99, 59)), 60) is None  # one has just come
     line = judge(table(*beats, same=(99, 99, 61)), 60)
     assert "for 60 s all processes have been waiting for each other: rank 0, at step 3, update, waits in a ba" in line

@@ -26,6 +26,8 @@ from tests.ppo.test_logged import Fixed
 from tests.processes import play
 
 SETTINGS = {
+    "nonfinite": "stop",
+    "nonfinite_limit": 1,
     "policy_loss": "apa",
     "apa_lambda": 0.5,
     "apa_anchor": "initial",

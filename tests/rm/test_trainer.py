@@ -37,6 +37,8 @@ def compare(rows, scores, is_apo=False, source=0):
 
 ITEMS = Comparisons(compare([w, b], [0, 1]) if i % 2 else compare([b, w], [1, 0]) for i, (b, w) in enumerate(PAIRS))
 SETTINGS = {
+    "nonfinite": "stop",
+    "nonfinite_limit": 1,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "per_device_eval_batch_size": 3,
