@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from alignment.runtime.faults import run_main
-from alignment.runtime.steps import CHECKOUT, Step, StepRunner, shorten
+from alignment.runtime.steps import CHECKOUT, Step, StepRunner, TrainingStep, shorten
+from alignment.runtime.termination import stoppable
 
 RECORD = "pipeline.json"
 
@@ -28,8 +29,9 @@ def main() -> None:
     output, started = Path(options.output_dir), time.perf_counter()
     steps = plan(options, output)
     runner = StepRunner(output / RECORD, steps, replace=True)
-    for step in steps:
-        runner.run(step)
+    with stoppable("SIGTERM between two steps; to go on, run the same command again"):
+        for step in steps:
+            runner.run(step)
     print(f"\npolicy  {output / 'exported'}\nreport  {output / 'report.html'}")
     print(f"all of it took {(time.perf_counter() - started) / 60:.1f} minutes")
 
@@ -41,7 +43,7 @@ def plan(options: argparse.Namespace, output: Path) -> list[Step]:
     def stage(name: str, script: str, *more: str) -> Step:
         files = [str(shorten(path)) for path in (CHECKOUT / "alignment" / script, config / f"{name}_argument.json")]
         shared = ["--output_dir", str(output / name), "--seed", options.seed, "--overwrite_output_dir", "true"]
-        return Step(name, shlex.join([*files, *more, *shared]))
+        return TrainingStep(name, shlex.join([*files, *more, *shared]))
 
     start = ["--actor_model_name_or_path", str(output / "sft"), "--reward_model_name_or_path", str(output / "rm")]
     policy, exported = output / rl / "policy", output / "exported"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.runtime import steps
 from alignment.runtime.steps import Step, write_text
 
 SCRIPTS = {
@@ -39,12 +40,8 @@ class StageStep(Step):
         return command
 
 
-class TrainingStep(StageStep):
-    """Goes on from its newest checkpoint, if it has one."""
-
-    def go_on(self) -> str:
-        resumes = any(self.output.glob("checkpoint-*/trainer_state.json"))
-        return f"{self.command} --resume_from_checkpoint true" if resumes else self.begin()
+class TrainingStep(steps.TrainingStep, StageStep):
+    """A stage of training."""
 
 
 class FileStep(StageStep):

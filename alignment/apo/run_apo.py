@@ -21,6 +21,7 @@ from alignment.apo.round_report import write_report
 from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
 from alignment.runtime.steps import StepRunner, knows, write_text
+from alignment.runtime.termination import stoppable
 
 RECORD = "steps.json"
 
@@ -39,10 +40,11 @@ def main() -> None:
         check_steps(steps, args.nproc_per_node)
     runner, started = StepRunner(record, steps, args.overwrite_output_dir), time.perf_counter()
     write_text(game.output / "game.json", json.dumps(asdict(args), indent=2) + "\n")
-    for number, part in enumerate(rounds):
-        for step in part:
-            runner.run(step)
-        print(f"\n{write_report(game, number)}", flush=True)
+    with stoppable("SIGTERM between two steps; to go on, run the same command again"):
+        for number, part in enumerate(rounds):
+            for step in part:
+                runner.run(step)
+            print(f"\n{write_report(game, number)}", flush=True)
     print(f"policy  {game.policy(args.rounds)}\nreport  {game.output / 'rounds.md'}")
     print(f"all of it took {(time.perf_counter() - started) / 60:.1f} minutes")
 

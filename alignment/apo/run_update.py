@@ -24,7 +24,7 @@ from alignment.training.trainer import StageTrainer
 
 def build_trainer(model_args: Any, data_args: Any, args: Any) -> StageTrainer:
     """Data first, for it fails fast; then the model, from the checkpoint where the run is resumed."""
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint)
     source = model_source(args, model_args.model_name_or_path, checkpoint)
     tokenizer = load_named("model_name_or_path", load_tokenizer, source)
     train_set, eval_set = load_data(dataset_kind(args), data_args, args, tokenizer)

@@ -13,6 +13,7 @@ from alignment.apo.update_data import ReferencedDataset
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.pipeline import MicroBatch, Pipeline
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process
 from alignment.training.batches import own_micro_batches
 
@@ -46,12 +47,12 @@ def measure_reference(policy: Pipeline, dataset: ReferencedDataset, batch_size: 
     dataset.reference = np.concatenate([parts[place] for place in range(len(dataset))])
 
 
-def save_reference(directory: Path, datasets: dict[str, ReferencedDataset]) -> None:
-    """Write what was measured into a checkpoint, with what tells its answers from others. Every process calls it."""
+def save_reference(files: Files, datasets: dict[str, ReferencedDataset]) -> None:
+    """Add what was measured to a checkpoint, with what tells its answers from others. Every process calls it."""
     if is_main_process():
         arrays = {name: dataset.reference for name, dataset in datasets.items()}
         prints = {f"{name}_answers": dataset.fingerprint for name, dataset in datasets.items()}
-        np.savez(directory / REFERENCE_FILE, **arrays, **prints)
+        files.add_arrays(REFERENCE_FILE, arrays | prints)
 
 
 def load_reference(checkpoint: Path, datasets: dict[str, ReferencedDataset]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import paddle
@@ -16,6 +15,7 @@ from alignment.parallel.pipeline import MicroBatch
 from alignment.rm.losses import Pairs, compared_pairs
 from alignment.rm.metrics import preference_accuracy
 from alignment.runtime.console import say
+from alignment.runtime.files import Files
 from alignment.sft.trainer import SFTTrainer
 from alignment.training.trainer import Arrays, StageTrainer
 
@@ -113,9 +113,9 @@ class DPOTrainer(AnswersTrainer):
             "log_ratio": float(np.mean(log_ratios)),
         }
 
-    def write_files(self, directory: Path) -> None:
-        super().write_files(directory)
-        save_reference(directory, self._datasets())
+    def collect_files(self, files: Files) -> None:
+        super().collect_files(files)
+        save_reference(files, self._datasets())
 
     def _resume(self) -> int:
         start = super()._resume()

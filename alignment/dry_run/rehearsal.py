@@ -26,7 +26,7 @@ from alignment.runtime.console import say, show_summary
 from alignment.runtime.faults import UsageError, process_count
 from alignment.runtime.metrics import is_main_process
 from alignment.training.arguments import planned_processes
-from alignment.training.checkpoint import find_checkpoint
+from alignment.training.resume import choose_start
 from alignment.training.stage import run_stage
 
 
@@ -46,7 +46,8 @@ def rehearse(
     """
     started = time.perf_counter()
     device = configure_paddle(values["device"], debug=values["log_level"] == "debug")
-    find_checkpoint(values["output_dir"], values["resume_from_checkpoint"], parts[0])
+    if is_main_process():
+        choose_start(values["output_dir"], values["resume_from_checkpoint"], parts)
     originals, missing = find_models(values)
     made = plan_run(stage, values, originals)
     data, replaced = few_rows(values)

@@ -10,7 +10,7 @@ from alignment.ppo.collect import Collected
 from alignment.ppo.estimate import describe_rollout, mean_and_sem, sequence_kl
 from alignment.ppo.judge import WinRate
 from alignment.runtime.console import show_samples
-from alignment.runtime.metrics import is_main_process
+from alignment.runtime.metrics import is_main_process, told_faults
 from alignment.training.setup import SAMPLES_FILE
 
 EVALUATION = 0  # iteration number that draws the answers of every evaluation: differences are the policy's, not luck's
@@ -57,6 +57,7 @@ def record_samples(output_dir: Path, step: int, rows: Sequence[dict]) -> None:
     """Append the rows to samples.jsonl and show some of them."""
     if is_main_process():
         lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows]
-        with (output_dir / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+        path = output_dir / SAMPLES_FILE
+        with told_faults(path), path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
     show_samples(f"held-out answers after iteration {step}", rows)

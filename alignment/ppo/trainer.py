@@ -21,7 +21,7 @@ from alignment.ppo.experience import Experience
 from alignment.ppo.judge import WinRate
 from alignment.ppo.learner import Learner, steps_per_iteration
 from alignment.ppo.load import Models
-from alignment.ppo.models.saving import save_model
+from alignment.ppo.models.saving import collect_model
 from alignment.ppo.nonfinite import describe_bad_answers
 from alignment.ppo.offload import Offload
 from alignment.ppo.reference_answers import ReferenceScores
@@ -29,15 +29,18 @@ from alignment.ppo.reshard import Sampler
 from alignment.ppo.rollout.protocol import SamplingParameters
 from alignment.ppo.self_check import check_reference
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import peak_memory_gb
 from alignment.runtime.whereabouts import in_phase
 from alignment.training.batches import BatchSchedule
-from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
+from alignment.training.best import BestTracker
+from alignment.training.checkpoint import content, load_training_state
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from alignment.training.loop import run_loop
 from alignment.training.nonfinite import Guard, check_state
 from alignment.training.setup import SAMPLES_FILE, total_steps
+from alignment.training.writer import CheckpointWriter
 
 PARTS = ("policy", "value")
 
@@ -90,7 +93,8 @@ class PPOTrainer:
         self.collector = self._build_collector(drops_copy="train_model" in offload.levels)
         for engine in reversed(engines):  # the order of use: the actor samples, then all score, the critic last
             offload.add_trained(engine)
-        self.episodes = 0
+        self.episodes, self.best = 0, BestTracker(args)
+        self.checkpoints = CheckpointWriter(args, self.best, PARTS)
 
     def _count_iterations(self, answers: int) -> int:
         """Of the whole run; answers: of one iteration."""
@@ -142,6 +146,8 @@ class PPOTrainer:
             step=self.iterate,
             evaluate=self._evaluate,
             save=self.save,
+            best=self.best,
+            checkpoints=self.checkpoints,
         )
 
     def iterate(self, iteration: int) -> dict[str, float]:
@@ -204,26 +210,26 @@ class PPOTrainer:
         return describe_answers(collected, self.eval_prompts, self.win_rate)
 
     def save(self, iteration: int) -> None:
-        """Write value/checkpoint-N, then policy/checkpoint-N: where the policy's is there, so is the value's."""
+        """Write value/checkpoint-N and policy/checkpoint-N as one."""
         state = {
             "episodes": self.episodes,
             "kl_controller": self.controller.state_dict(),
             "score_scaler": self.score_scaler.state_dict(),
             "expected_lengths": self.collector.expected.state_dict(),
             "win_rate": self.win_rate and self.win_rate.state_dict(),
+            **self.best.state_dict(),
         }
-        actor, critic = self.learner.actor, self.learner.critic
+        contents, actor, critic = {}, self.learner.actor, self.learner.critic
         for engine in filter(None, (critic, actor)):
             check_state(engine)
         for part, model, engine in (("value", self.models.critic, critic), ("policy", self.models.actor, actor)):
 
-            def save_weights(directory: Path, model: paddle.nn.Layer = model, engine: Any = engine) -> None:
+            def collect(files: Files, model: paddle.nn.Layer = model, engine: Any = engine) -> None:
                 with (engine or actor).shards.whole_model():
-                    save_model(model, self.models.tokenizer, directory)
+                    collect_model(model, self.models.tokenizer, files)
 
-            save_checkpoint(self.output_dir / part, iteration, save_weights, engine, state)
-        for part in PARTS:
-            drop_old_checkpoints(self.output_dir / part, self.args.save_total_limit)
+            contents[part] = content(collect, engine, iteration, state)
+        self.checkpoints.save(iteration, contents)
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         """Evaluate, append to samples.jsonl and show some answers."""
@@ -231,6 +237,7 @@ class PPOTrainer:
             return {}
         metrics, rows = self.evaluate()
         record_samples(self.output_dir, iteration, rows)
+        self.best.observe(iteration, metrics)
         return metrics
 
     def _resume(self) -> int:
@@ -240,6 +247,7 @@ class PPOTrainer:
         if self.learner.critic is not None:
             load_training_state(critic_checkpoint(self.checkpoint), self.learner.critic)
         state = load_training_state(self.checkpoint, self.learner.actor)
+        self.best.load_state_dict(state)
         self.episodes = state["episodes"]
         self.controller.load_state_dict(state["kl_controller"])
         self.score_scaler.load_state_dict(state["score_scaler"])

@@ -69,6 +69,11 @@ class TrainingArguments(StageArguments):
             raise UsageError('"rm_kl_coeff": 0 with "apo_loss_coeff": 0 leaves nothing to learn; one must be above 0')
         if values["calibrate_scores"] and not (values["eval_datasets"] or values["eval_split_ratio"]):
             raise UsageError('"calibrate_scores": true needs held-out data: "eval_datasets" or "eval_split_ratio"')
+        if values["calibrate_scores"] and values["load_best_model_at_end"]:
+            raise UsageError(
+                '"calibrate_scores": true changes the last checkpoint, "load_best_model_at_end": true means another; '
+                "set one of them to false"
+            )
 
 
 @dataclass

@@ -60,7 +60,7 @@ def set_reading(model: ScoreModel, pooling_type: str, sep_token_id: int | None, 
 
 def build_trainer(model_args: Any, data_args: Any, args: Any) -> RewardTrainer:
     """Data first, for it fails fast; then the model, from the checkpoint where the run is resumed."""
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint)
     source = model_source(args, model_args.model_name_or_path, checkpoint)
     tokenizer = load_named("model_name_or_path", load_tokenizer, source)
     separator = find_separator(model_args, tokenizer)

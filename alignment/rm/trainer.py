@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,7 +155,7 @@ class RewardTrainer(StageTrainer):
     def _evaluate(self, step: int) -> dict[str, float]:
         """After the last step with the calibration, and pictures in output_dir."""
         metrics = super()._evaluate(step)
-        if metrics and step == self.total_steps:
+        if metrics and (step == self.total_steps or self.best.is_exhausted):
             if self.args.calibrate_scores:
                 fitted = calibrate(self.held_out)
                 self.temperature = fitted["calibration/temperature"]
@@ -170,16 +169,15 @@ class RewardTrainer(StageTrainer):
             raw = np.sort(rows["raw"].astype(np.float64))  # the ranks' order must not change a rounding
             self.normalizer.update(masked_moments(paddle.to_tensor(raw)))
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int) -> None:
         """See StageTrainer.save; normaliser and temperature go into the model's config.json."""
         model, mean, variance = self.model, 0.0, 1.0
         if self.normalizer is not None and self.normalizer.variance > 0:
             mean, variance = self.normalizer.mean, self.normalizer.variance
         model.score_mean, model.score_var = mean, variance * (self.temperature or 1.0) ** 2
         model.do_normalize = self.normalizer is not None or self.temperature is not None
-        path = super().save(step)
+        super().save(step)
         model.do_normalize = False  # training normalises for itself
-        return path
 
     def state_dict(self) -> dict:
         return {} if self.normalizer is None else {"normalizer": self.normalizer.state_dict()}

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from alignment.runtime.bootstrap import is_debug
+from alignment.runtime.termination import Stopped, is_stopping
 from alignment.runtime.whereabouts import here
 from data.errors import DataError
 
 USAGE_STATUS = 2
 RUN_STATUS = 1
 INTERRUPT_STATUS = 130
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 PEER_GRACE_SECONDS = 20.0
 _LOST_PEER_TEXT = re.compile(r"gloo/transport/|store/tcp_")  # the source file in the message of Paddle's C++ side
 
@@ -34,7 +36,7 @@ class LostPeer(RuntimeError):
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
-    """Runs `main` and ends the process: status 0, 2 for UsageError and DataError, 1 for any other fault.
+    """Runs `main` and ends the process: 0, 2 for UsageError and DataError, 75 for Stopped, 1 for any other fault.
 
     A fault is one line `error: ...` on stderr, with the traceback before it if ALIGNMENT_DEBUG=1.
     """
@@ -44,9 +46,12 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt:
         _say("interrupted")
         status = INTERRUPT_STATUS
+    except Stopped as reason:
+        _say(f"stopped: {reason}")
+        status = STOPPED_STATUS
     except (UsageError, DataError) as fault:
         status = _report(fault, str(fault), USAGE_STATUS)
-        if _process_number() > 0:  # rank 0 meets the same fault; stopped before it can say so, it would return SIGTERM
+        if process_number() > 0:  # rank 0 meets the same fault; stopped before it can say so, it would return SIGTERM
             _wait_for_launcher(status)
     except RunError as fault:
         status = _report(fault, str(fault), RUN_STATUS)
@@ -77,7 +82,8 @@ def _wait_for_launcher(status: int) -> None:
     connection at once would hide the message of the rank that knows the reason.
     """
     signal.signal(signal.SIGTERM, lambda *_: _leave(status))
-    time.sleep(PEER_GRACE_SECONDS)
+    if not is_stopping():  # else the launcher has stopped it already
+        time.sleep(PEER_GRACE_SECONDS)
 
 
 def process_count() -> int:
@@ -85,7 +91,8 @@ def process_count() -> int:
     return int(os.environ.get("PADDLE_TRAINERS_NUM") or 1)
 
 
-def _process_number() -> int:
+def process_number() -> int:
+    """This process's rank in the job; 0 without the launcher."""
     return int(os.environ.get("PADDLE_TRAINER_ID") or 0)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from alignment.runtime.faults import RunError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,15 +31,15 @@ class MetricsWriter:
     """
 
     def __init__(self, args: Any, output_dir: str | Path, resume_from: int | None = None) -> None:
-        self._file = None
+        self._file, self._path = None, Path(output_dir) / METRICS_FILE
         self._writers: list[Any] = []
         if not is_main_process():
             return
-        path = Path(output_dir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_from is not None:
-            keep_steps(path, resume_from)
-        self._file = path.open("a", encoding="utf-8")
+        with told_faults(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_from is not None:
+                keep_steps(self._path, resume_from)
+            self._file = self._path.open("a", encoding="utf-8")
         folder = Path(getattr(args, "logging_dir", None) or Path(output_dir) / "runs")
         for name in getattr(args, "report_to", None) or ():
             self._writers.append(_OPENERS[name](str(folder / name)))
@@ -48,8 +51,9 @@ class MetricsWriter:
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         row = {"step": int(step)} | {name: finite.get(name) for name in values}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with told_faults(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         for writer in self._writers:
             for name, value in finite.items():
                 writer.add_scalar(name, value, int(step))
@@ -60,7 +64,8 @@ class MetricsWriter:
             writer.close()
         self._writers = []
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take is lost, and has been told
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> MetricsWriter:
@@ -68,6 +73,15 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def told_faults(path: Path) -> Iterator[None]:
+    """Raises RunError, naming the file and the reason, if what is done within it cannot be written."""
+    try:
+        yield
+    except OSError as fault:
+        raise RunError(f"{path}: cannot be written: {fault.strerror or fault}") from fault
 
 
 def keep_steps(path: Path, last: int) -> None:

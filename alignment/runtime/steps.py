@@ -11,15 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from alignment.runtime.faults import UsageError
+from alignment.runtime.termination import Stopped
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _PR_SET_PDEATHSIG = 1
+_HOW_TO_GO_ON = "SIGTERM, which the running step got too; to go on, run the same command again"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ class Step:
     def go_on(self) -> str | None:
         """As ``begin``, but after an interruption; None if nothing is left to do. Here it begins anew."""
         return self.begin()
+
+
+class TrainingStep(Step):
+    """A stage's command; after an interruption it goes on from its newest sound checkpoint, if it has one."""
+
+    def go_on(self) -> str:
+        return f"{self.command} --resume_from_checkpoint auto"
 
 
 class StepRunner:
@@ -80,18 +90,22 @@ class StepRunner:
         self._write()
 
     def run(self, step: Step) -> None:
-        """Run a step unless it is finished; if it fails, this process ends with the step's exit status."""
+        """Run a step unless it is finished; if it fails, this process ends with the step's exit status.
+
+        Raises: Stopped after SIGTERM, which the step gets too.
+        """
         if step.name in self._record["finished"]:
             print(f"already done: {step.name}", flush=True)
             return
         command = step.go_on() if self._record["begun"] == step.name else step.begin()
         self._record["begun"] = step.name
         self._write()
-        if command is not None:
-            run(command, self._lock)
+        stopped = command is not None and run(command, self._lock)
         self._record["begun"] = None
         self._record["finished"].append(step.name)
         self._write()
+        if stopped:
+            raise Stopped(_HOW_TO_GO_ON)
 
     def close(self) -> None:
         """Let others in."""
@@ -113,16 +127,39 @@ def knows(path: Path, steps: Sequence[Step]) -> bool:
     return all(known.get(step.name) == step.describe() for step in steps)
 
 
-def run(command: str, lock: IO[str]) -> None:
+def run(command: str, lock: IO[str]) -> bool:
     """Run ``python <command>`` where the user stands; a failure has said why, so only its status is passed on.
 
     Args: lock: stays taken while the command, or a process that it leaves behind, lives.
+    Returns: whether SIGTERM has come meanwhile, and the command was finished all the same.
+    Raises: Stopped if it was not. Every SIGTERM is passed on to it.
     """
     print(f"\n$ python {command}", flush=True)
     words, inherited = [sys.executable, *shlex.split(command)], [lock.fileno()]
-    done = subprocess.run(words, env=environment(), pass_fds=inherited, preexec_fn=_end_with_parent)
-    if done.returncode:
-        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)  # as a shell tells a signal
+    process = subprocess.Popen(words, env=environment(), pass_fds=inherited, preexec_fn=_end_with_parent)
+    with _passing_on_sigterm(process) as received:
+        status = process.wait()
+    if status and received:
+        raise Stopped(_HOW_TO_GO_ON)
+    if status:
+        sys.exit(status if status > 0 else 128 - status)  # as a shell tells a signal
+    return bool(received)
+
+
+@contextmanager
+def _passing_on_sigterm(process: subprocess.Popen) -> Iterator[list[int]]:
+    """Gives the signals that have come so far."""
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def environment() -> dict[str, str]:

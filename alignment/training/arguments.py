@@ -55,7 +55,13 @@ class StageArguments(TrainingArguments):
             "max_grad_norm",
         ),
         "Precision and memory": ("bf16", "fp16", "fp16_opt_level", "recompute"),
-        "Evaluation": ("evaluation_strategy", "eval_steps"),
+        "Evaluation": (
+            "evaluation_strategy",
+            "eval_steps",
+            "metric_for_best_model",
+            "greater_is_better",
+            "load_best_model_at_end",
+        ),
         "Output": (
             "output_dir",
             "logging_dir",
@@ -63,9 +69,8 @@ class StageArguments(TrainingArguments):
             "save_strategy",
             "save_steps",
             "save_total_limit",
+            "use_async_save",
             "overwrite_output_dir",
-            "resume_from_checkpoint",
-            "load_best_model_at_end",
         ),
         "Parallelism": (
             "tensor_parallel_degree",
@@ -108,14 +113,20 @@ class StageArguments(TrainingArguments):
         "fp16_opt_level": {"choices": ("O1", "O2"), "help": "16-bit training: O2 also keeps the weights in 16 bits."},
         "recompute": {"help": "Compute activations again in the backward pass to save memory."},
         "eval_steps": {"ge": 1},
-        "resume_from_checkpoint": {
-            "help": 'Go on from this checkpoint-N directory (ppo: policy/checkpoint-N), or from the newest of '
-            'output_dir if "true".'
+        "metric_for_best_model": {
+            "help": "Metric of an evaluation, by its name in metrics.jsonl (loss means eval/loss), that says which "
+            "model is the best; its checkpoint is written at once and kept. Default where it is needed: loss."
+        },
+        "greater_is_better": {"help": "Of that metric; default: false if its name ends with loss."},
+        "load_best_model_at_end": {
+            "help": "Who loads the run's directory as a model gets the best checkpoint instead of the newest."
         },
         "save_steps": {"ge": 1},
-        "save_total_limit": {"ge": 1},
+        "save_total_limit": {"ge": 1, "help": "Keep so many checkpoints, and the best."},
+        "use_async_save": {
+            "help": "Training goes on while a checkpoint is written; until it is, its content takes memory once more."
+        },
         "output_dir": {"help": "Directory for checkpoints, metrics.jsonl, samples.jsonl and run.json."},
-        "load_best_model_at_end": {"help": "Not available yet."},
         "logging_dir": {"help": "Directory of VisualDL and TensorBoard files; default: under output_dir."},
     }
     LEGACY: ClassVar[frozenset[str]] = frozenset(
@@ -151,6 +162,22 @@ class StageArguments(TrainingArguments):
         "Where to compute; auto takes the GPU if there is one.",
         group="Precision and memory",
         choices=("auto", "cpu", "gpu"),
+    )
+    resume_from_checkpoint: str | bool | None = argument(
+        None,
+        'Go on from this checkpoint-N directory (ppo: policy/checkpoint-N); "true": from the newest of output_dir; '
+        '"auto": from its newest sound one, or start where it has none.',
+        group="Output",
+    )
+    save_error: str = argument(
+        "stop",
+        "When a checkpoint cannot be written, as on a full disk: end the run, or go on without it; the last one of a "
+        "run must be written.",
+        group="Output",
+        choices=("stop", "skip"),
+    )
+    early_stopping_patience: int | None = argument(
+        None, "End the run after so many evaluations in a row without a better one.", group="Evaluation", ge=1
     )
     logging_steps: int = argument(1, "Write metrics every so many steps.", group="Output", ge=1)
     nonfinite: str = argument(
@@ -197,7 +224,8 @@ class StageArguments(TrainingArguments):
     do_train: bool = argument(True, "Training always runs; false is not available.", group="Length of the run")
 
     def __post_init__(self) -> None:
-        log_level, report_to = self.log_level, list(self.report_to)
+        log_level, report_to, loads_best = self.log_level, list(self.report_to), self.load_best_model_at_end
+        self.load_best_model_at_end = False  # PaddleNLP would want evaluations and checkpoints at the same steps
         device = configure_paddle(self.device, debug=log_level == "debug")
         if device == "cpu" and self.bf16:
             raise UsageError('"bf16": true needs a GPU: Paddle has no 16-bit kernels for the CPU; set it to false')
@@ -214,6 +242,7 @@ class StageArguments(TrainingArguments):
                 raise UsageError(f"arguments: {fault}") from fault
         # PaddleNLP resets these two: the first to -1, the second to VisualDL where it is empty
         self.log_level, self.report_to = log_level, report_to
+        self.load_best_model_at_end = loads_best
 
     @staticmethod
     def validate(values: dict[str, Any]) -> None:
@@ -225,7 +254,6 @@ class StageArguments(TrainingArguments):
             {
                 "do_train": (True,),
                 "fp16": (False,),
-                "load_best_model_at_end": (False,),
             },
         )
         _settle_lora(values)
@@ -235,6 +263,9 @@ class StageArguments(TrainingArguments):
             values["report_to"] = ["visualdl", "tensorboard"]
         values["report_to"] = [name for name in dict.fromkeys(values["report_to"]) if name != "none"]
         _validate_evaluation(values)
+        _settle_best(values)
+        if isinstance(values["resume_from_checkpoint"], bool):
+            values["resume_from_checkpoint"] = "true" if values["resume_from_checkpoint"] else None
 
 
 def planned_processes(values: Mapping[str, Any]) -> int:
@@ -262,6 +293,19 @@ def _validate_evaluation(values: dict[str, Any]) -> None:
         )
     if strategy == "steps" and values["eval_steps"] is None:
         raise UsageError('"evaluation_strategy": "steps" needs "eval_steps"')
+
+
+def _settle_best(values: dict[str, Any]) -> None:
+    wanted = [name for name in ("load_best_model_at_end", "early_stopping_patience") if values[name]]
+    name = values["metric_for_best_model"] or ("loss" if wanted else None)
+    if name is None:
+        return
+    if getattr(values["evaluation_strategy"], "value", values["evaluation_strategy"]) == "no":
+        key = "metric_for_best_model" if values["metric_for_best_model"] else wanted[0]
+        raise UsageError(f'"{key}": needs evaluations to compare; set "evaluation_strategy"')
+    values["metric_for_best_model"] = name = name if "/" in name else f"eval/{name.removeprefix('eval_')}"
+    if values["greater_is_better"] is None:
+        values["greater_is_better"] = not name.endswith("loss")
 
 
 def refuse_unbuilt(values: Mapping[str, Any], built: Mapping[str, tuple[Any, ...]]) -> None:

@@ -4,9 +4,13 @@
         model.safetensors, config.json, tokenizer files     the model, merged, in Hugging Face form
         optimizer.safetensors                                moments, merged, under the parameters' names
         trainer_state.json                                   step, schedule, controllers, moments: plain JSON
+        SHA256SUMS                                           what is in all other files (alignment.training.sums)
 
 Pipeline stages (and for the optimizer, sharding processes) each write a part, model-00001-of-00002.safetensors, beside
 an index; every layout reads what any other wrote. All processes must see the same directory.
+
+A run with several models has a checkpoint-N of each in a sub-directory of its own (a part). They are one unit, and
+the first part's is renamed last: where it is, the others are.
 """
 from __future__ import annotations
 
@@ -14,63 +18,46 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from alignment.parallel.collectives import barrier, gather_objects
+from alignment.parallel.collectives import gather_objects
 from alignment.parallel.topology import topology
-from alignment.ppo.models.weights import WeightFiles, part_name, write_index
+from alignment.ppo.models.weights import WeightFiles, add_index, part_name
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files, sync
 from alignment.runtime.metrics import is_main_process
 from alignment.training.engine import TrainingEngine
+from alignment.training.sums import STATE_FILE
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+Collect = Callable[[Files], None]
 
 
-def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill ``directory`` by ``write`` as one act: a crash leaves either all of it or nothing.
-
-    Every process calls ``write``, which decides who writes what.
-    """
-    partial = directory.with_name(f".{directory.name}.partial")
-    if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    write(partial)
-    barrier()
-    if is_main_process():
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(partial, directory)
-    barrier()
+# ---- what is in one -------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    output_dir: Path, step: int, save_weights: Callable[[Path], None], engine: TrainingEngine | None, state: dict
-) -> Path:
-    """Write ``output_dir/checkpoint-<step>``.
+def content(collect_weights: Collect, engine: TrainingEngine | None, step: int, state: dict) -> Collect:
+    """What adds all files of checkpoint-<step> but SHA256SUMS. Every process of the job calls it.
 
     Args:
-        save_weights: writes the model and its tokenizer into a directory.
+        collect_weights: adds the model and its tokenizer.
         engine: its optimizer state is saved; None: another checkpoint has it.
         state: JSON-able state of the run ("step" is added).
     """
 
-    def write(directory: Path) -> None:
-        save_weights(directory)
-        content = {"step": step, **state}
+    def collect(files: Files) -> None:
+        collect_weights(files)
+        values = {"step": step, **state}
         if engine is not None:
-            tensors, content["schedule"] = engine.state_dict()
-            _write_optimizer(directory, tensors)
+            tensors, values["schedule"] = engine.state_dict()
+            _add_optimizer(files, tensors)
         if is_main_process():
-            (directory / "trainer_state.json").write_text(json.dumps(content, indent=2) + "\n")
+            files.add_text(STATE_FILE, json.dumps(values, indent=2) + "\n")
 
-    directory = Path(output_dir) / f"checkpoint-{step}"
-    write_directory(directory, write)
-    return directory
+    return collect
 
 
 class OptimizerFiles(WeightFiles):
@@ -79,18 +66,27 @@ class OptimizerFiles(WeightFiles):
     single, index = "optimizer.safetensors", "optimizer.safetensors.index.json"
 
 
-def _write_optimizer(directory: Path, tensors: dict[str, np.ndarray]) -> None:
+def _add_optimizer(files: Files, tensors: dict[str, np.ndarray]) -> None:
     """A part for every pipeline stage and owner; the processes that hold the same tensors leave it to the first."""
     place = topology()
     stages = gather_objects(gather_objects(list(tensors), "sharding"), "pipe")
     parts = [names for owners in stages for names in owners]
     if place.tensor_rank == 0 and place.data_rank < place.layout.sharding:
         number = place.stage * place.layout.sharding + place.sharding_rank
-        path = directory / part_name(OptimizerFiles.single, number, len(parts))
-        save_file(tensors, str(path))
-        path.chmod(0o644)  # safetensors creates 0600
+        files.add_tensors(part_name(OptimizerFiles.single, number, len(parts)), tensors)
     if is_main_process():
-        write_index(directory / OptimizerFiles.index, OptimizerFiles.single, parts)
+        add_index(files, OptimizerFiles.index, OptimizerFiles.single, parts)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The whole trainer_state.json. Raises UsageError if it is missing or damaged."""
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        if not isinstance(state, dict):
+            raise ValueError("no object with a schedule")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{checkpoint}: cannot resume from it: {STATE_FILE}: {error}") from error
+    return state
 
 
 def load_training_state(checkpoint: Path, engine: TrainingEngine) -> dict:
@@ -98,13 +94,15 @@ def load_training_state(checkpoint: Path, engine: TrainingEngine) -> dict:
 
     Raises: UsageError if a file is missing or damaged, or of a model with other trained parameters.
     """
+    state = read_state(checkpoint)
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        schedule = state.get("schedule") if isinstance(state, dict) else None
-        engine.load_state_dict(OptimizerFiles(checkpoint), schedule)
+        engine.load_state_dict(OptimizerFiles(checkpoint), state.get("schedule"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{checkpoint}: cannot resume from it: {error}") from error
     return state
+
+
+# ---- where they are -------------------------------------------------------------------------------------------------
 
 
 def step_of(checkpoint: Path) -> int:
@@ -113,36 +111,85 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of ``output_dir``, oldest first."""
+    """The directories checkpoint-N of ``output_dir``, oldest first, sound or not."""
     found = Path(output_dir).glob("checkpoint-*")  # a person may have put a "checkpoint-best" beside ours
-    ours = (path for path in found if CHECKPOINT.fullmatch(path.name) and (path / "trainer_state.json").is_file())
-    return sorted(ours, key=step_of)
+    return sorted((path for path in found if CHECKPOINT.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
-def drop_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:
-    """Keep the newest ``save_total_limit`` checkpoints (all, if it is None or not positive)."""
-    if is_main_process() and save_total_limit and save_total_limit > 0:
-        for path in list_checkpoints(output_dir)[:-save_total_limit]:
-            shutil.rmtree(path)
+def partial_of(directory: Path) -> Path:
+    """Where a checkpoint is while it is written, and while it is removed."""
+    return directory.with_name(f".{directory.name}.partial")
 
 
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None, part: str = "") -> Path | None:
-    """The checkpoint to go on from: None (start afresh), "true" (newest of ``output_dir``), or a checkpoint's path.
+def _replaced_of(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.replaced")
+
+
+def commit(directories: Sequence[Path]) -> None:
+    """Put complete partial directories in their places; the first one's rename, done last, makes it a checkpoint.
+
+    What is there already stays beside until then, and ``recover`` puts it back if this was not finished.
+    """
+    for directory in reversed(directories):
+        if directory.exists():
+            os.replace(directory, _replaced_of(directory))
+        os.replace(partial_of(directory), directory)
+        sync(directory.parent)
+    for directory in directories:
+        shutil.rmtree(_replaced_of(directory), ignore_errors=True)
+
+
+def recover(output_dir: Path, parts: Sequence[str]) -> None:
+    """Take back a replacement that a killed run had not finished, or finish one that was."""
+    for part in parts:
+        for replaced in sorted((output_dir / part).glob(".checkpoint-*.replaced")):
+            name = replaced.name[1:].removesuffix(".replaced")
+            directory = output_dir / part / name
+            if partial_of(output_dir / parts[0] / name).exists() or not directory.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                os.replace(replaced, directory)
+            else:
+                shutil.rmtree(replaced)
+
+
+def leftovers(output_dir: Path, parts: Sequence[str]) -> list[Path]:
+    """What a killed run left half-written or half-removed, and checkpoints that lack their first part's."""
+    found = [path for part in parts for path in sorted((output_dir / part).glob(".checkpoint-*.partial"))]
+    whole = {path.name for path in list_checkpoints(output_dir / parts[0])}
+    others = [path for part in parts[1:] for path in list_checkpoints(output_dir / part)]
+    return found + [path for path in others if path.name not in whole]
+
+
+def drop_old_checkpoints(
+    output_dir: Path, save_total_limit: int | None, parts: Sequence[str] = ("",), keep: Collection[int] = ()
+) -> None:
+    """Keep the newest ``save_total_limit`` checkpoints (all, if it is None or not positive), and of steps ``keep``.
+
+    The first part's goes first: without it the others are nobody's.
+    """
+    if save_total_limit and save_total_limit > 0:
+        for old in list_checkpoints(Path(output_dir) / parts[0])[:-save_total_limit]:
+            if step_of(old) not in keep:
+                for part in parts:
+                    remove_checkpoint(Path(output_dir) / part / old.name)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint, if it is there; killed meanwhile, it leaves nothing that looks like one."""
+    if directory.exists():
+        shutil.rmtree(partial_of(directory), ignore_errors=True)
+        os.replace(directory, partial_of(directory))
+        shutil.rmtree(partial_of(directory))
+
+
+def find_checkpoint(resume_from_checkpoint: str | None, part: str = "") -> Path | None:
+    """The checkpoint that alignment.training.resume.choose_start has chosen, or None.
 
     Args:
-        part: sub-directory that holds the checkpoints of one model of several ("policy", "value"); a path then names
-            the checkpoint of any of them, e.g. output_dir/policy/checkpoint-3.
-    Raises: UsageError if what was asked for is not there.
+        part: sub-directory that holds the checkpoints of one model of several ("policy", "value"); the path then
+            names the checkpoint of any of them, e.g. output_dir/policy/checkpoint-3.
     """
-    if resume_from_checkpoint in (None, "", "false", "False"):
+    if resume_from_checkpoint is None:
         return None
-    if resume_from_checkpoint in ("true", "True"):
-        found = list_checkpoints(Path(output_dir) / part)
-        if not found:
-            raise UsageError(f'"resume_from_checkpoint": no checkpoint in {Path(output_dir) / part}')
-        return found[-1]
-    asked = Path(resume_from_checkpoint)
-    path = asked.parent.parent / part / asked.name if part else asked
-    if not (path / "trainer_state.json").is_file():
-        raise UsageError(f'"resume_from_checkpoint": {path} is not a checkpoint (it has no trainer_state.json)')
-    return path
+    path = Path(resume_from_checkpoint)
+    return path.parent.parent / part / path.name if part else path

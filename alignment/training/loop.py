@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import paddle
+
+from alignment.parallel.collectives import sum_tensors
+from alignment.parallel.topology import topology
 from alignment.runtime.console import progress
 from alignment.runtime.metrics import MetricsWriter
+from alignment.runtime.termination import Stopped, is_stopping, postponed
 from alignment.runtime.whereabouts import here, in_phase
+from alignment.training.best import BestTracker
 from alignment.training.health import Health
 from alignment.training.setup import is_due
+from alignment.training.writer import CheckpointWriter
 
 Metrics = dict[str, float]
 
@@ -22,17 +29,23 @@ def run_loop(
     step: Callable[[int], Metrics],
     evaluate: Callable[[int], Metrics],
     save: Callable[[int], Any],
+    best: BestTracker,
+    checkpoints: CheckpointWriter,
 ) -> Metrics:
     """Call ``step`` with start + 1, ..., total_steps; evaluate and save when the arguments say so, and at the end.
+
+    A new best evaluation is saved at once; early_stopping_patience may end the loop sooner.
 
     Args:
         start: steps that are done; after 0 the untrained model is evaluated first.
         evaluate: given the steps done; metrics by their full names, empty where there is nothing to evaluate on.
-        save: writes the checkpoint of a step.
+            It tells them to ``best``.
+        save: writes the checkpoint of a step, by ``checkpoints``.
     Returns: what the last evaluation gave.
+    Raises: Stopped after SIGTERM, when the step that was going on is saved.
     """
     here.step = start
-    with MetricsWriter(args, args.output_dir, resume_from=start) as writer, Health(args, start) as health:
+    with MetricsWriter(args, args.output_dir, resume_from=start) as writer, Health(args, start) as health, postponed():
 
         def record(number: int, metrics: Metrics) -> None:
             writer.write(number, metrics)
@@ -51,12 +64,34 @@ def run_loop(
                 here.step, last = number, number == total_steps
                 with in_phase("training"):
                     metrics = step(number)
+                checkpoints.check()
                 if last or number % args.logging_steps == 0:
                     record(number, metrics)
                 bar.advance(metrics)
                 if last or is_due(args.evaluation_strategy, args.eval_steps, number, steps_per_epoch):
                     result = record_evaluation(number)
-                if last or is_due(args.save_strategy, args.save_steps, number, steps_per_epoch):
+                last = last or best.is_exhausted
+                stops = not last and _any_is_stopping()
+                is_best = best.best_step == number
+                if last or stops or is_best or is_due(args.save_strategy, args.save_steps, number, steps_per_epoch):
                     with in_phase("saving"):
                         save(number)
+                if last or stops:
+                    checkpoints.finish()
+                if stops:
+                    raise Stopped(
+                        f"SIGTERM in step {number} of {total_steps}, which is done and saved; to go on, run the same "
+                        "command with --resume_from_checkpoint auto"
+                    )
+                if last:
+                    break
     return result
+
+
+def _any_is_stopping() -> bool:
+    """Whether SIGTERM has come to a process of the job; all of them get the same answer."""
+    if topology().group("world") is None:
+        return is_stopping()
+    told = paddle.to_tensor([float(is_stopping())])
+    sum_tensors([told], "world")
+    return bool(float(told) > 0)

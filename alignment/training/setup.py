@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,24 +18,27 @@ from alignment.ppo.models.lora import Base, LoRASettings, add_adapters
 from alignment.ppo.models.weights import weights_sha256
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
-from alignment.runtime.metrics import METRICS_FILE, is_main_process
-from alignment.training.checkpoint import find_checkpoint, list_checkpoints, step_of
+from alignment.runtime.metrics import METRICS_FILE, is_main_process, keep_steps
+from alignment.training.checkpoint import list_checkpoints, remove_checkpoint, step_of
 from alignment.training.health import ALERTS_FILE
+from alignment.training.resume import Start, clear_leftovers
 from data import load_dataset_modules
 
 SAMPLES_FILE = "samples.jsonl"
+RUN_FILES = (METRICS_FILE, SAMPLES_FILE, ALERTS_FILE)  # rows by step
 
 
-def check_output(args: Any, parts: tuple[str, ...] = ("",)) -> None:
+def check_output(args: Any, start: Start, parts: tuple[str, ...] = ("",)) -> None:
     """Refuse to mix with an earlier run in output_dir, or to destroy it unasked.
 
-    Args: parts: sub-directories of output_dir that hold checkpoints ("policy", "value"), or "" for itself.
+    Args: start: what the run goes on from; parts: sub-directories of output_dir that hold checkpoints ("policy",
+        "value"), or "" for itself.
     Raises: UsageError if output_dir holds what this run neither continues nor may overwrite, or cannot be written.
     """
-    earlier = _superseded(args, parts)
-    if earlier and not args.overwrite_output_dir:
-        if find_checkpoint(args.output_dir, args.resume_from_checkpoint, parts[0]) is None:
-            problem = 'holds an earlier run; name another, or set "resume_from_checkpoint": "true" to go on with it'
+    earlier = _superseded(args, start, parts)
+    if earlier and not (args.overwrite_output_dir or start.automatic):
+        if start.checkpoint is None:
+            problem = 'holds an earlier run; name another, or set "resume_from_checkpoint": "auto" to go on with it'
         else:
             problem = f"holds later checkpoints than the one to resume from ({earlier[0].name}); name another"
         raise UsageError(f'"output_dir": {args.output_dir} {problem} or "overwrite_output_dir": true to replace it')
@@ -46,24 +48,27 @@ def check_output(args: Any, parts: tuple[str, ...] = ("",)) -> None:
         raise UsageError(f'"output_dir": {args.output_dir} cannot be created: {fault.strerror}') from None
 
 
-def clear_output(args: Any, parts: tuple[str, ...] = ("",)) -> None:
-    """Remove what ``check_output`` found in the way, now that the new run can start."""
-    for path in _superseded(args, parts):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def clear_output(args: Any, start: Start, parts: tuple[str, ...] = ("",)) -> None:
+    """Remove what ``check_output`` found in the way, now that the new run can start, and what killed runs left."""
+    if is_main_process():
+        clear_leftovers(args.output_dir, start, parts)
+        for path in _superseded(args, start, parts):
+            remove_checkpoint(path) if path.is_dir() else path.unlink()
+        if start.checkpoint is not None:
+            keep_steps(Path(args.output_dir) / ALERTS_FILE, step_of(start.checkpoint))
 
 
-def _superseded(args: Any, parts: tuple[str, ...]) -> list[Path]:
+def _superseded(args: Any, start: Start, parts: tuple[str, ...]) -> list[Path]:
     """Files of an earlier run; of one that is resumed, only its checkpoints after the one to go on from. Rank 0's."""
     if not is_main_process():
         return []
     output_dir = Path(args.output_dir)
-    start = find_checkpoint(output_dir, args.resume_from_checkpoint, parts[0])
-    checkpoints = [path for part in parts for path in list_checkpoints(output_dir / part)]
-    if start is not None and start.resolve().is_relative_to(output_dir.resolve()):
-        return [path for path in checkpoints if step_of(path) > step_of(start)]
-    names = (METRICS_FILE, SAMPLES_FILE, ALERTS_FILE)
-    files = [path for name in names if (path := output_dir / name).exists()]
-    return files + checkpoints
+    whole = [path for path in list_checkpoints(output_dir / parts[0]) if path not in start.passed_over]
+    names = {path.name for path in whole}
+    found = [path for part in parts for path in list_checkpoints(output_dir / part) if path.name in names]
+    if start.is_inside(output_dir):
+        return [path for path in found if step_of(path) > step_of(start.checkpoint)]
+    return [path for name in RUN_FILES if (path := output_dir / name).exists()] + found
 
 
 def weight_dtype(args: Any) -> str:

@@ -10,7 +10,11 @@ import paddle
 from alignment.parallel.collectives import barrier
 from alignment.runtime.console import say, show_summary
 from alignment.runtime.run_record import write_run_record
+from alignment.runtime.termination import stoppable
+from alignment.training.resume import agree_on_start, is_finished
 from alignment.training.setup import check_output, clear_output, mixed_precision
+
+_TOO_EARLY = "SIGTERM, before there was anything to save; run the same command again"
 
 
 def run_stage(
@@ -24,14 +28,24 @@ def run_stage(
         build: makes the trainer of them; everything that can be wrong with the input shows here.
         parts: see alignment.training.setup.check_output.
     """
+    with stoppable(_TOO_EARLY):
+        return _run(stage, arguments, build, parts)
+
+
+def _run(stage: str, arguments: Sequence[Any], build: Callable[..., Any], parts: tuple[str, ...]) -> dict[str, float]:
     args = arguments[-1]
     if args.layout.processes > 1:
         say(f"layout: {args.layout}")
-    check_output(args, parts)
+    start = agree_on_start(args, parts)
+    args.resume_from_checkpoint = None if start.checkpoint is None else str(start.checkpoint)
+    check_output(args, start, parts)
     paddle.seed(args.seed)
     trainer = build(*arguments)
     barrier()  # loading may have taken one process much longer than another
-    clear_output(args, parts)
+    if is_finished(args, start, trainer.total_steps):
+        say(f"{stage}: the run in {args.output_dir} is finished, its last checkpoint is {start.checkpoint.name}")
+        return {}
+    clear_output(args, start, parts)
     write_run_record(args.output_dir, stage, arguments)
     with mixed_precision(args):
         result = trainer.train()

@@ -14,14 +14,17 @@ import paddle
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.pipeline import MicroBatch
 from alignment.parallel.topology import topology
-from alignment.ppo.models.saving import save_model
+from alignment.ppo.models.saving import collect_model
+from alignment.runtime.files import Files
 from alignment.runtime.timing import peak_memory_gb
 from alignment.training.batches import BatchSchedule, idle_rounds, own_micro_batches
-from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
+from alignment.training.best import BestTracker
+from alignment.training.checkpoint import content, load_training_state
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from alignment.training.loop import run_loop
 from alignment.training.nonfinite import Guard, check_state
 from alignment.training.setup import check_positions, total_steps
+from alignment.training.writer import CheckpointWriter
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,7 +58,8 @@ class StageTrainer(ABC):
         self.total_steps = total_steps(args, self.schedule.steps_per_epoch)
         settings, guard = OptimizerSettings.from_arguments(args), Guard.from_arguments(args)
         self.engine = TrainingEngine(model, settings, self.total_steps, "model", guard)
-        self.output_dir = Path(args.output_dir)
+        self.output_dir, self.best = Path(args.output_dir), BestTracker(args)
+        self.checkpoints = CheckpointWriter(args, self.best)
 
     # ---- what a subclass provides -----------------------------------------------------------------------------------
 
@@ -98,6 +102,8 @@ class StageTrainer(ABC):
             step=self.training_step,
             evaluate=self._evaluate,
             save=self.save,
+            best=self.best,
+            checkpoints=self.checkpoints,
         )
 
     def training_step(self, step: int) -> dict[str, float]:
@@ -139,20 +145,23 @@ class StageTrainer(ABC):
             result.append(self.micro_batch(batch, denominator)._replace(samples=samples))
         return result
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int) -> None:
         """Write checkpoint-<step> and drop the oldest over save_total_limit."""
         check_state(self.engine)
-        path = save_checkpoint(self.output_dir, step, self.write_files, self.engine, self.state_dict())
-        drop_old_checkpoints(self.output_dir, self.args.save_total_limit)
-        return path
+        state = self.state_dict() | self.best.state_dict()
+        self.checkpoints.save(step, {"": content(self.collect_files, self.engine, step, state)})
 
-    def write_files(self, directory: Path) -> None:
-        """Write what a checkpoint has beside the run's state; every process calls it."""
+    def collect_files(self, files: Files) -> None:
+        """Add what a checkpoint has beside the run's state; every process calls it."""
         with self.engine.shards.whole_model():
-            save_model(self.model, self.tokenizer, directory)
+            collect_model(self.model, self.tokenizer, files)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        return {} if self.eval_set is None else {f"eval/{name}": value for name, value in self.evaluate().items()}
+        if self.eval_set is None:
+            return {}
+        metrics = {f"eval/{name}": value for name, value in self.evaluate().items()}
+        self.best.observe(step, metrics)
+        return metrics
 
     def _resume(self) -> int:
         """The step to go on after; 0 for a fresh run."""
@@ -160,6 +169,7 @@ class StageTrainer(ABC):
             return 0
         state = load_training_state(self.checkpoint, self.engine)
         self.load_state_dict(state)
+        self.best.load_state_dict(state)
         return state["step"]
 
 

@@ -111,7 +111,7 @@ def test_killed_games_end_with_the_same_files(project, whole):
         assert status == -signal.SIGKILL, shown
     status, shown = play(project)
     assert status == 0, shown
-    assert "--resume_from_checkpoint true" in shown and shown.count("already done") == 21
+    assert "--resume_from_checkpoint auto" in shown and shown.count("already done") == 21
     game = project / "game"
     assert files_of(game) == files_of(whole)
     for path in whole.rglob("metrics.jsonl"):

@@ -9,6 +9,7 @@ import pytest
 
 from alignment.ppo.offline.logged import MEASURED_FILE, LoggedDataset, Samples, read_answers
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 from data import DataError, RawDataset, RawSample
 from tests.models.tiny import tiny_tokenizer
 
@@ -131,7 +132,7 @@ def test_a_checkpoint_keeps_what_was_measured(make, tmp_path):
     for name in ("ref_log_probs", "values"):
         getattr(logged.experience, name)[:] = np.where(mask, random.normal(0, 1, mask.shape), 0)
     logged.experience.scores[:] = random.normal(0, 1, len(logged))
-    logged.save_measured(tmp_path)
+    logged.save_measured(Files(tmp_path))
     again.load_measured(tmp_path)
     for name in ("ref_log_probs", "values", "scores"):
         np.testing.assert_array_equal(getattr(again.experience, name), getattr(logged.experience, name))

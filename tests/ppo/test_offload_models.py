@@ -10,8 +10,9 @@ import pytest
 from alignment.ppo.models.policy import passes_of
 from alignment.ppo.offload import Offload
 from alignment.ppo.offload_storage import file_system
+from alignment.runtime.files import Files
 from alignment.runtime.timing import PhaseTimer
-from alignment.training.checkpoint import load_training_state, save_checkpoint
+from alignment.training.checkpoint import content, load_training_state
 from alignment.training.engine import TrainingEngine
 from tests.training.language_model import (
     accumulate,
@@ -72,7 +73,8 @@ def test_optimizer_state_round_trip(model_of, tmp_path):
     for one in (engine, resumed):
         Offload(ALL, tmp_path, PhaseTimer()).add_trained(one)
     learn(engine, 0, 1)
-    load_training_state(save_checkpoint(tmp_path, 2, lambda directory: None, engine, {}), resumed)
+    content(lambda files: None, engine, 2, {})(Files(tmp_path))
+    load_training_state(tmp_path, resumed)
     assert not any(tensor._is_initialized() for tensor in resumed.optimizer_tensors())
     assert_same_bits(resumed.state_dict()[0], engine.state_dict()[0])
     with engine.shards.whole_model(), resumed.shards.home(True):

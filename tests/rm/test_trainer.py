@@ -56,6 +56,12 @@ SETTINGS = {
     "warmup_ratio": 0.0,
     "warmup_steps": 0,
     "save_total_limit": None,
+    "use_async_save": False,
+    "save_error": "stop",
+    "metric_for_best_model": None,
+    "greater_is_better": None,
+    "early_stopping_patience": None,
+    "load_best_model_at_end": False,
     "loss_type": "sequence-wise",
     "regularization": 0.0,
     "rm_kl_coeff": 1.0,
@@ -132,7 +138,8 @@ def test_the_saved_model_normalises_as_training_did(setting, tmp_path):
     trainer = setting[0](ExponentialMovingAverage(0.5))
     trainer.training_step(1)
     expected = trainer.evaluate()["mean_reward"]
-    path = trainer.save(1)
+    trainer.save(1)
+    path = trainer.output_dir / "checkpoint-1"
     saved = json.loads((path / "config.json").read_text())
     assert saved["do_normalize"] is True
     assert saved["score_mean"] == trainer.normalizer.mean
@@ -231,7 +238,8 @@ def test_sampling_weights(setting):
 def test_a_reward_model_goes_on_reading_as_it_learnt_to(setting, tmp_path):
     trainer = setting[0]()
     set_reading(trainer.model, "last", 9, eos_token_id=2)
-    trained = load_value(trainer.save(0), require_head=True)
+    trainer.save(0)
+    trained = load_value(trainer.output_dir / "checkpoint-0", require_head=True)
     assert (trained.pooling_type, trained.sep_token_id, trained.config.eos_token_id) == ("last", 9, 2)
     set_reading(trained, "last", 9, 2)
     with pytest.raises(UsageError, match='trained with "last" and sep_token_id 9'):

@@ -145,7 +145,7 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
     file = tmp_path / "rm_argument.json"
     file.write_text(json.dumps(PADDLENLP_RM | COMMON | {"model_name_or_path": "m"}))
     assert resolve([str(file)], GROUPS["rm"])["normalizer_momentum"] == 0.9
-    notice = "notice: accepted, without effect here: do_eval, eval_accumulation_steps, metric_for_best_model\n"
+    notice = "notice: accepted, without effect here: do_eval, eval_accumulation_steps\n"
     assert capsys.readouterr().err == notice
 
 

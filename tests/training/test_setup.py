@@ -8,7 +8,10 @@ import pytest
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
 from alignment.runtime.faults import UsageError
-from alignment.training.setup import check_output, clear_output, is_due, total_steps
+from alignment.training import setup
+from alignment.training.resume import choose_start
+from alignment.training.setup import is_due, total_steps
+from alignment.training.sums import measure, write_sums
 
 
 @pytest.fixture
@@ -17,7 +20,9 @@ def used(tmp_path):
     for part in ("policy", "value"):
         for step in (2, 4):
             (tmp_path / part / f"checkpoint-{step}").mkdir(parents=True)
-            (tmp_path / part / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+            path = tmp_path / part / f"checkpoint-{step}"
+            (path / "trainer_state.json").write_text("{}")
+            write_sums(path, {"trainer_state.json": measure(path / "trainer_state.json")})
     for name in ("metrics.jsonl", "samples.jsonl", "notes.txt"):
         (tmp_path / name).write_text("")
     return tmp_path
@@ -29,8 +34,21 @@ def arguments(output_dir, resume=None, overwrite=False):
     )
 
 
+def check_output(args, parts=()):
+    setup.check_output(args, start_of(args), parts or ("",))
+
+
+def clear_output(args, parts):
+    setup.clear_output(args, start_of(args), parts)
+
+
+def start_of(args):
+    return choose_start(args.output_dir, args.resume_from_checkpoint, PARTS)
+
+
 def contents(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 PARTS = ("policy", "value")
@@ -77,6 +95,32 @@ def test_resuming_from_an_older_checkpoint_drops_later_ones_only_if_asked(used):
         "value/checkpoint-2/trainer_state.json",
     ]
     assert (used / "metrics.jsonl").exists()
+
+
+def test_what_killed_runs_left_is_cleared_and_damaged_checkpoints_are_set_aside(used):
+    (used / "policy" / ".checkpoint-6.partial").mkdir()
+    (used / "value" / "checkpoint-6").mkdir()  # killed before the policy's came into its place
+    (used / "policy" / "checkpoint-4" / "trainer_state.json").write_text("{]")
+    args = arguments(used, resume="auto")
+    check_output(args, PARTS)
+    clear_output(args, PARTS)
+    names = sorted(path.name for part in PARTS for path in (used / part).iterdir())
+    assert names == ["checkpoint-2", "checkpoint-2", "checkpoint-4.damaged", "checkpoint-4.damaged"]
+
+
+def test_auto_starts_over_what_has_no_checkpoint_yet(tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl", "alerts.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("")
+    args = arguments(tmp_path, resume="auto")
+    check_output(args, PARTS)
+    clear_output(args, PARTS)
+    assert contents(tmp_path) == ["notes.txt"]
+
+
+def test_resuming_cuts_the_alerts_to_the_step(used):
+    (used / "alerts.jsonl").write_text('{"step": 4, "alert": "a"}\n{"step": 5, "alert": "b"}\n')
+    clear_output(arguments(used, resume="true"), PARTS)
+    assert (used / "alerts.jsonl").read_text() == '{"step": 4, "alert": "a"}\n'
 
 
 def test_resuming_into_another_directory_that_is_in_use(used, tmp_path_factory):

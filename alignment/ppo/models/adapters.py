@@ -19,8 +19,9 @@ from alignment.ppo.models.config import read_json
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.lora import LoRASettings, adapter_parameters
 from alignment.ppo.models.placement import merged, names_of_all_layers, own_slice, split_axis
-from alignment.ppo.models.weights import AdapterFiles, is_writer, write_weights
+from alignment.ppo.models.weights import AdapterFiles, add_weights, is_writer
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process
 
 ADAPTERS = "adapters"
@@ -72,19 +73,18 @@ def load_merged_policy(base: str | Path, directory: Path) -> paddle.nn.Layer:
     return adapted.model
 
 
-def save_adapters(model: paddle.nn.Layer, directory: Path) -> None:
-    """Write what an adapted model has beside its base into ``directory``. Every process of the job calls it."""
-    directory.mkdir(exist_ok=True)
+def collect_adapters(model: paddle.nn.Layer, files: Files) -> None:
+    """Add what an adapted model has beside its base, in ADAPTERS. Every process of the job calls it."""
     weights = {}
     for name, parameter in adapter_parameters(model).items():
         value = merged(parameter.detach(), split_axis(parameter))
         if is_writer():
             weights[_stored_name(name, model)] = value.contiguous().cpu()
-    write_weights(weights, directory, AdapterFiles, "np")
+    add_weights(weights, files, AdapterFiles, "np", f"{ADAPTERS}/")
     if is_main_process():
         fields = model.lora.config(model.config.dtype).to_dict()
         fields |= {"base_model_name_or_path": str(model.base.directory), _BASE_HASH: model.base.sha256}
-        (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        files.add_text(f"{ADAPTERS}/{CONFIG_FILE}", json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def read_settings(directory: Path) -> tuple[LoRASettings, str | None]:
@@ -101,7 +101,7 @@ def read_settings(directory: Path) -> tuple[LoRASettings, str | None]:
 
 
 def load_adapters(model: paddle.nn.Layer, directory: Path) -> None:
-    """Fill A and B of an adapted model from what ``save_adapters`` wrote in whatever layout.
+    """Fill A and B of an adapted model from what ``collect_adapters`` gave in whatever layout.
 
     A score model takes the score head too; where a policy's adapters have none, its own stays as it is.
 

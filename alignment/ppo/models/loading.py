@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import paddle
@@ -127,11 +128,25 @@ def resolve_model_directory(name_or_path: str | Path) -> Path:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """``path``, or where it is a stage's output directory (it has no config.json) its newest checkpoint-N."""
+    """``path``, or where it is a stage's output directory (it has no config.json) its newest checkpoint-N.
+
+    If the run was told to load_best_model_at_end, it is its best checkpoint instead.
+    """
     found = [file.parent for file in path.glob("checkpoint-*/config.json") if file.parent.name[11:].isdigit()]
     if (path / "config.json").exists() or not found:
         return path
-    return max(found, key=lambda part: int(part.name[11:]))
+    newest = max(found, key=lambda part: int(part.name[11:]))
+    best = path / f"checkpoint-{_best_step(newest)}"
+    return best if best in found else newest
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """Of its run, if that was told to load the best."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return state["best_step"] if state["load_best_model_at_end"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def download_model(name: str) -> Path:

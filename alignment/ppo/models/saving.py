@@ -8,12 +8,13 @@ from typing import Any
 
 import paddle
 
-from alignment.ppo.models.adapters import ADAPTERS, save_adapters
+from alignment.ppo.models.adapters import collect_adapters
 from alignment.ppo.models.config import CAUSAL_ARCHITECTURE, SCORE_ARCHITECTURE, config_fields
 from alignment.ppo.models.loading import TIED_HEAD
 from alignment.ppo.models.lora import is_adapted
 from alignment.ppo.models.value import HEAD, ScoreModel
-from alignment.ppo.models.weights import huggingface_weights, write_weights
+from alignment.ppo.models.weights import add_weights, huggingface_weights
+from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process
 
 ILQL_HEADS = "ilql_heads"  # sublayer of a policy (alignment.ppo.offline.ilql_model), saved by itself
@@ -36,6 +37,13 @@ def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dt
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    files = Files(directory)
+    collect_model(model, tokenizer, files, dtype)
+    files.check()
+
+
+def collect_model(model: paddle.nn.Layer, tokenizer: Any, files: Files, dtype: str | None = None) -> None:
+    """Add to ``files`` what ``save_model`` writes. Every process of the job calls it."""
     config = model.config
     score = isinstance(model, ScoreModel)
     skip = {TIED_HEAD} if config.tie_word_embeddings else set()
@@ -43,9 +51,9 @@ def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dt
         skip.add(HEAD)  # of a critic that shares the policy's layers, which is saved by itself
     skip |= {name for name in model.state_dict() if name.startswith(f"{ILQL_HEADS}.")}
     weights = huggingface_weights(model, skip, dtype)
-    write_weights(weights, directory)
+    add_weights(weights, files)
     if is_adapted(model):
-        save_adapters(model, directory / ADAPTERS)
+        collect_adapters(model, files)
     if not is_main_process():
         return
     stored = str(next(iter(weights.values())).dtype).removeprefix("paddle.")
@@ -56,11 +64,12 @@ def save_model(model: paddle.nn.Layer, tokenizer: Any, directory: str | Path, dt
         fields |= {name: getattr(model, name) for name in names}
     else:
         special = {name: fields[name] for name in _SPECIAL_IDS if name in fields}
-        _write_json(directory / "generation_config.json", special)
-    _write_json(directory / "config.json", fields)
+        _add_json(files, "generation_config.json", special)
+    _add_json(files, "config.json", fields)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        for name, content in tokenizer.files.contents().items():
+            files.add_bytes(name, content)
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _add_json(files: Files, name: str, content: dict) -> None:
+    files.add_text(name, json.dumps(content, indent=2) + "\n")

@@ -55,12 +55,19 @@ class TokenizerFiles:
         except UnicodeDecodeError as error:
             raise UsageError(f"{self.directory / name}: not UTF-8 text ({error})") from None
 
+    def contents(self) -> dict[str, bytes]:
+        """The files as they were read, a sentencepiece model under both names."""
+        return {
+            written: content
+            for name, content in self._content.items()
+            for written in (SENTENCEPIECE if name in SENTENCEPIECE else (name,))
+        }
+
     def write(self, directory: Path) -> None:
-        """Write the files as they were read, a sentencepiece model under both names."""
+        """Write ``contents``."""
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in self._content.items():
-            for written in SENTENCEPIECE if name in SENTENCEPIECE else (name,):
-                (directory / written).write_bytes(content)
+        for name, content in self.contents().items():
+            (directory / name).write_bytes(content)
 
     def special_token(self, kind: str) -> str | None:
         """Text of "bos_token", "eos_token" or "pad_token"; a config names it by a string or an object."""

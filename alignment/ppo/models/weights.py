@@ -14,14 +14,12 @@ Hugging Face keeps linear layers as [out, in], Paddle as [in, out]. A tied ``lm_
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import paddle
 from safetensors import SafetensorError, safe_open
-from safetensors.paddle import save_file
 
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.topology import topology
@@ -29,12 +27,12 @@ from alignment.ppo.models.lora import plain_parameters
 from alignment.ppo.models.placement import is_copy, merged, names_of_all_layers, own_slice, split_axis
 from alignment.runtime.bootstrap import tensor_views
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files, sha256_of
 from alignment.runtime.metrics import is_main_process
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LINEAR = ("_proj.weight", "lm_head.weight", "score_head.weight")
-_BLOCK = 1 << 24  # bytes read at once
 _COMPUTED = ("rotary_emb.inv_freq",)  # old checkpoints store this constant; it is computed here
 
 
@@ -94,17 +92,8 @@ class AdapterFiles(WeightFiles):
 
 def weights_sha256(directory: Path) -> str:
     """SHA-256 of a model directory's weight files, in hexadecimal. Every process calls it, the main one reads them."""
-    own = _sha256(_weight_files(directory, SINGLE_FILE, INDEX_FILE)) if is_main_process() else None
+    own = sha256_of(*_weight_files(directory, SINGLE_FILE, INDEX_FILE)) if is_main_process() else None
     return gather_objects(own, "world")[0]
-
-
-def _sha256(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _weight_files(directory: Path, single: str, index: str) -> list[Path]:
@@ -211,22 +200,25 @@ def is_writer() -> bool:
     return topology().data_rank == 0 and topology().tensor_rank == 0
 
 
-def write_weights(
-    weights: dict[str, paddle.Tensor], directory: Path, files: type[WeightFiles] = WeightFiles, form: str = "pt"
+def add_weights(
+    weights: dict[str, paddle.Tensor],
+    files: Files,
+    kind: type[WeightFiles] = WeightFiles,
+    form: str = "pt",
+    folder: str = "",
 ) -> None:
-    """Write one file, or a part of it for each pipeline stage with an index. Every process calls it.
+    """Add one file, or a part of it for each pipeline stage with an index. Every process calls it.
 
-    Args: files: their kind, which names them; form: for their metadata: "pt", which transformers asks for and
-        PaddleNLP recognises, or PaddleNLP's own "np".
+    Args: kind: names the files; form: for their metadata: "pt", which transformers asks for and PaddleNLP recognises,
+        or PaddleNLP's own "np"; folder: sub-directory to write into, ending in "/".
     """
     place = topology()
     parts = gather_objects(list(weights), "pipe")
-    path = directory / part_name(files.single, place.stage, place.layout.pipeline)
     if is_writer():
-        save_file(weights, str(path), metadata={"format": form})
-        path.chmod(0o644)  # safetensors creates 0600
+        name = part_name(kind.single, place.stage, place.layout.pipeline)
+        files.add_tensors(folder + name, weights, {"format": form})
     if is_main_process():
-        write_index(directory / files.index, files.single, parts, files.always_indexed)
+        add_index(files, folder + kind.index, kind.single, parts, kind.always_indexed)
 
 
 def part_name(file: str, part: int, parts: int) -> str:
@@ -235,8 +227,8 @@ def part_name(file: str, part: int, parts: int) -> str:
     return file if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.{ending}"
 
 
-def write_index(path: Path, file: str, parts: list[list[str]], always: bool = False) -> None:
+def add_index(files: Files, name: str, file: str, parts: list[list[str]], always: bool = False) -> None:
     """The index of a ``file`` in several parts: which tensor is in which. A whole file has one only if ``always``."""
     if len(parts) > 1 or always:
-        owner = {name: part_name(file, i, len(parts)) for i, names in enumerate(parts) for name in names}
-        path.write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(owner.items()))}, indent=2) + "\n")
+        owner = {tensor: part_name(file, i, len(parts)) for i, tensors in enumerate(parts) for tensor in tensors}
+        files.add_text(name, json.dumps({"metadata": {}, "weight_map": dict(sorted(owner.items()))}, indent=2) + "\n")

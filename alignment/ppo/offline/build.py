@@ -48,7 +48,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> OfflineTrainer:
 
     Raises: UsageError or data.DataError, naming argument or data set, for anything that cannot work.
     """
-    policy = find_checkpoint(args.output_dir, args.resume_from_checkpoint, PARTS[0])
+    policy = find_checkpoint(args.resume_from_checkpoint, PARTS[0])
     check_resumes_alike(args, policy)
     text_rewards = load_text_rewards(args)
     tokenizer = load_named(ACTOR, load_tokenizer, model_args.actor_model_name_or_path)

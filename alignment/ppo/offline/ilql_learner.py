@@ -23,6 +23,7 @@ from alignment.ppo.offline.logged import LoggedAnswers
 from alignment.ppo.offline.measure import LoggedCollector
 from alignment.ppo.offline.objectives import Sums, micro_batches, sum_up
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process
 from alignment.training.batches import BatchSchedule, idle_rounds
 from alignment.training.engine import TrainingEngine
@@ -145,8 +146,8 @@ class IlqlLearner:
             raise UsageError('"train_datasets": the run to resume learnt from other answers than these')
         self.answers = state["answers"]
 
-    def save_measured(self, directory: Path) -> None:
+    def save_measured(self, files: Files) -> None:
         """Write the heads, and what was measured on the training answers."""
-        save_heads(self.actor.model, directory)
+        save_heads(self.actor.model, files)
         if is_main_process():
-            self.train.save_measured(directory)
+            self.train.save_measured(files)

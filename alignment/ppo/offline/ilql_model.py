@@ -9,7 +9,6 @@ from pathlib import Path
 
 import paddle
 from paddle import nn
-from safetensors.paddle import save_file
 
 from alignment.ppo.losses import log_probs_from_logits
 from alignment.ppo.models.placement import Placement, merged, own_slice, split_axis
@@ -21,6 +20,7 @@ from alignment.ppo.offline.ilql_heads import IlqlHeads
 from alignment.ppo.offline.ilql_losses import ActionValues
 from alignment.ppo.rollout.protocol import AdjustLogits
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 
 HEADS_FILE = "ilql_heads.safetensors"
 
@@ -51,8 +51,8 @@ def add_heads(policy: nn.Layer, seed: int, directory: Path | None = None) -> Non
     setattr(policy, ILQL_HEADS, heads)
 
 
-def save_heads(policy: nn.Layer, directory: Path) -> None:
-    """Write the heads, whole, beside the weights that ``save_model`` writes. Every process of the job calls it.
+def save_heads(policy: nn.Layer, files: Files) -> None:
+    """Add the heads, whole, to the weights that ``collect_model`` adds. Every process of the job calls it.
 
     Who loads the policy does not see them: they stand in a file of their own.
     """
@@ -61,9 +61,7 @@ def save_heads(policy: nn.Layer, directory: Path) -> None:
     parameters = policy.ilql_heads.named_parameters()
     weights = {name: merged(value.detach(), split_axis(value)) for name, value in parameters}
     if is_writer():
-        path = directory / HEADS_FILE
-        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, str(path))
-        path.chmod(0o644)  # safetensors creates 0600
+        files.add_tensors(HEADS_FILE, {name: value.contiguous().cpu() for name, value in weights.items()})
 
 
 def _read_heads(heads: IlqlHeads, files: HeadFiles, placement: Placement) -> None:

@@ -22,6 +22,7 @@ from alignment.ppo.offline.objectives import (
     value_micro_batch,
 )
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process
 from alignment.training.batches import BatchSchedule, idle_rounds
 from alignment.training.engine import TrainingEngine
@@ -189,10 +190,10 @@ class AdvantageLearner:
             raise UsageError('"train_datasets": the run to resume learnt from other answers than these')
         self.answers = state["answers"]
 
-    def save_measured(self, directory: Path) -> None:
+    def save_measured(self, files: Files) -> None:
         """Write what was measured on the training answers, so that resuming asks no reward source again."""
         if is_main_process():
-            self.train.save_measured(directory)
+            self.train.save_measured(files)
 
 
 def critic_steps(args: Any, schedule: BatchSchedule) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from alignment.ppo.experience import Experience
 from alignment.ppo.rewards import RewardBatch
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 from data import DataError, RawDataset, RawSample, TokenizedDataset
 
 SCORES = {"answer": "reward", "other_answer": "other_reward"}  # answer's field -> its score's
@@ -122,11 +123,11 @@ class LoggedAnswers:
             response_ids=[experience.response_ids[row][experience.response_mask[row]] for row in rows],
         )
 
-    def save_measured(self, directory: Path) -> None:
-        """Write what was measured into a checkpoint."""
+    def save_measured(self, files: Files) -> None:
+        """Add what was measured to a checkpoint."""
         experience = self.experience
         tokens = {name: getattr(experience, name)[experience.response_mask] for name in TOKEN_MEASURES}
-        np.savez(directory / MEASURED_FILE, scores=experience.scores, **tokens)
+        files.add_arrays(MEASURED_FILE, {"scores": experience.scores, **tokens})
 
     def load_measured(self, checkpoint: Path) -> None:
         """Take back what was measured. Raises UsageError if the file is missing, damaged or of other answers."""

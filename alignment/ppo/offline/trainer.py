@@ -10,17 +10,20 @@ from typing import Any, Protocol
 from alignment.ppo.collect import Collector
 from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
 from alignment.ppo.judge import WinRate
-from alignment.ppo.models.saving import save_model
+from alignment.ppo.models.saving import collect_model
 from alignment.ppo.rollout.protocol import AdjustLogits, SamplingParameters
 from alignment.runtime.console import say
+from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process, keep_steps
 from alignment.runtime.timing import peak_memory_gb
 from alignment.training.batches import BatchSchedule
-from alignment.training.checkpoint import drop_old_checkpoints, load_training_state, save_checkpoint
+from alignment.training.best import BestTracker
+from alignment.training.checkpoint import content, load_training_state
 from alignment.training.engine import TrainingEngine
 from alignment.training.loop import run_loop
 from alignment.training.nonfinite import check_state
 from alignment.training.setup import SAMPLES_FILE, total_steps
+from alignment.training.writer import CheckpointWriter
 
 PARTS = ("policy", "value")
 
@@ -55,8 +58,8 @@ class OfflineLearner(Protocol):
     def load_state_dict(self, state: dict) -> None:
         """Takes back what ``state_dict`` gave."""
 
-    def save_measured(self, directory: Path) -> None:
-        """Write what else a resumed run needs into the policy's checkpoint; every process calls it."""
+    def save_measured(self, files: Files) -> None:
+        """Add what else a resumed run needs to the policy's checkpoint; every process calls it."""
 
 
 class OfflineTrainer:
@@ -87,6 +90,8 @@ class OfflineTrainer:
         self.output_dir, self.timer = Path(args.output_dir), learner.collector.timer
         self.steps_per_epoch = learner.schedule.steps_per_epoch
         self.total_steps = learner.critic_steps + total_steps(args, self.steps_per_epoch)
+        self.best = BestTracker(args, first=learner.critic_steps + 1)
+        self.checkpoints = CheckpointWriter(args, self.best, [part for part in PARTS if part in learner.engines])
 
     def train(self) -> dict[str, float]:
         """Run all steps, evaluate and save on the way. Returns the last evaluation's metrics."""
@@ -104,6 +109,8 @@ class OfflineTrainer:
             step=self.training_step,
             evaluate=self.evaluate,
             save=self.save,
+            best=self.best,
+            checkpoints=self.checkpoints,
         )
 
     def training_step(self, number: int) -> dict[str, float]:
@@ -127,6 +134,7 @@ class OfflineTrainer:
             for name, adjust in (plain | self.learner.decodings).items():
                 metrics |= self._answer_prompts(number, name, adjust)
         self.timer.pop()
+        self.best.observe(number, metrics)
         return metrics
 
     def _answer_prompts(self, number: int, decoding: str, adjust: AdjustLogits | None) -> dict[str, float]:
@@ -142,21 +150,21 @@ class OfflineTrainer:
         return metrics
 
     def save(self, number: int) -> None:
-        """Write a checkpoint-N of every model, the policy's last: where it is there, so are the others."""
+        """Write a checkpoint-N of every model as one."""
         for engine in self.learner.engines.values():
             check_state(engine)
         state = self.learner.state_dict() | {"win_rate": self.win_rate and self.win_rate.state_dict()}
+        state, contents = state | self.best.state_dict(), {}
         for part, engine in self.learner.engines.items():
 
-            def save_weights(directory: Path, part: str = part, engine: TrainingEngine = engine) -> None:
+            def collect(files: Files, part: str = part, engine: TrainingEngine = engine) -> None:
                 with engine.shards.whole_model():
-                    save_model(engine.model, self.tokenizer, directory)
+                    collect_model(engine.model, self.tokenizer, files)
                     if part == "policy":
-                        self.learner.save_measured(directory)
+                        self.learner.save_measured(files)
 
-            save_checkpoint(self.output_dir / part, number, save_weights, engine, state)
-        for part in self.learner.engines:
-            drop_old_checkpoints(self.output_dir / part, self.args.save_total_limit)
+            contents[part] = content(collect, engine, number, state)
+        self.checkpoints.save(number, contents)
 
     def _resume(self) -> int:
         """The step to go on after; 0 for a fresh run."""
@@ -165,6 +173,7 @@ class OfflineTrainer:
         for part, engine in self.learner.engines.items():
             state = load_training_state(self.checkpoint.parent.parent / part / self.checkpoint.name, engine)
         self.learner.load_state_dict(state)
+        self.best.load_state_dict(state)
         if self.win_rate is not None:
             prompt_ids = [int(item["prompt_id"]) for item in self.eval_prompts]
             self.win_rate.load_state_dict(state.get("win_rate"), prompt_ids, self.checkpoint)

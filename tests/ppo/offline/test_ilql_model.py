@@ -13,6 +13,7 @@ from alignment.ppo.models.policy import hidden_states
 from alignment.ppo.models.saving import save_model
 from alignment.ppo.offline.ilql_model import HEADS_FILE, action_values, add_heads, save_heads
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import Files
 from tests.models.reference import logits
 from tests.models.tiny import log_softmax
 from tests.ppo.experiences import make_experience
@@ -100,7 +101,7 @@ def test_targets_move_by_alpha(setting):
 def test_heads_are_saved_beside_a_policy_that_loads_without_them(setting, tmp_path):
     directory, _, weights, policy = setting
     save_model(policy, None, tmp_path)
-    save_heads(policy, tmp_path)
+    save_heads(policy, Files(tmp_path))
     assert sorted(load_file(tmp_path / "model.safetensors")) == sorted(weights)
     plain = load_policy(tmp_path)
     for name, parameter in plain.state_dict().items():
@@ -113,7 +114,7 @@ def test_heads_are_saved_beside_a_policy_that_loads_without_them(setting, tmp_pa
 @pytest.mark.parametrize("fault", ["shape", "name"])
 def test_heads_of_another_model_are_refused(setting, tmp_path, fault):
     policy = setting[3]
-    save_heads(policy, tmp_path)
+    save_heads(policy, Files(tmp_path))
     tensors = load_file(tmp_path / HEADS_FILE)
     if fault == "shape":
         tensors["q.0.outer.bias"] = tensors["q.0.outer.bias"][:-1]
