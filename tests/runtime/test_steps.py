@@ -95,6 +95,35 @@ def test_a_step_ends_with_its_killed_runner_and_until_then_keeps_others_out(tmp_
     StepRunner(record, [Step("sleep", sleeper)], False).close()
 
 
+@pytest.mark.parametrize(("saves", "status"), [("75", 75), ("0", 75)], ids=["unfinished", "finished"])
+def test_sigterm_is_passed_on_and_a_second_run_goes_on(tmp_path, saves, status):
+    """Whether or not the running step came to its end in spite of it."""
+    record, mark, log = tmp_path / "steps.json", tmp_path / "mark", tmp_path / "log"
+    step = (
+        "import os, signal, sys, time\nif os.path.exists({1!r}): open({0!r}, 'a').write('resumed'), sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open({0!r}, 'a').write('saved '), sys.exit({2})))\n"
+        "open({1!r}, 'w'); time.sleep(60)"
+    )
+    step = shlex.join(["-c", step.format(str(log), str(mark), saves)])
+    after = shlex.join(["-c", f"open({str(log)!r}, 'a').write(' after')"])
+    code = (
+        "from pathlib import Path; from alignment.runtime.faults import run_main\n"
+        "from alignment.runtime.steps import Step, StepRunner\n"
+        f"steps = [Step('first', {step!r}), Step('second', {after!r})]\n"
+        f"runner = StepRunner(Path({str(record)!r}), steps, False)\n"
+        "run_main(lambda: [runner.run(step) for step in steps])"
+    )
+    command = [sys.executable, "-c", code]
+    runner = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
+    _wait_for(mark.exists)
+    runner.send_signal(signal.SIGTERM)
+    said = runner.communicate()[1]
+    assert runner.returncode == status and log.read_text() == "saved "
+    assert said.startswith("stopped: SIGTERM, which the running step got too") and said.count("\n") == 1
+    subprocess.run(command, cwd=CHECKOUT, check=True)
+    assert log.read_text() == ("saved  after" if saves == "0" else "saved resumed after")
+
+
 def _is_running(process: int) -> bool:
     try:
         with open(f"/proc/{process}/stat") as file:

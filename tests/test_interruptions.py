@@ -1,0 +1,179 @@
+"""What ends a run or stands in its way: SIGTERM, a full disk, a damaged checkpoint, a run that is finished."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from alignment.ppo.models.loading import resolve_model_directory
+from tests.kill_campaign import assert_same
+from tests.stages import SCRIPTS, read_rows, write_project
+from tests.training.test_checkpoint import flip
+from tests.warm import Warm
+
+STEPS = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--lr_scheduler_type", "constant")
+AUTO = ("--resume_from_checkpoint", "auto")
+LONG = ("--max_steps", 5000, "--save_strategy", "no", "--lr_scheduler_type", "constant")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    with Warm(tmp_path_factory.mktemp("logs")) as process:
+        yield process
+
+
+@pytest.fixture
+def train(project, warm):
+    """(name of output_dir, words) -> (exit statuses, what was shown) of an SFT run."""
+
+    def call(output, *words, **more):
+        job = warm.run(project, SCRIPTS["sft"], "sft.json", "--output_dir", output, *words, **more)
+        return job.wait(), job.shown
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(project, warm):
+    job = warm.run(project, SCRIPTS["sft"], "sft.json", "--output_dir", "whole", *STEPS)
+    assert job.wait() == [0], job.shown
+    return project / "whole"
+
+
+def errors_in(shown):
+    return [line for line in shown.splitlines() if line.startswith("error: ")]
+
+
+def wait_for_step(output, step):
+    while not (output / "metrics.jsonl").exists() or f'"step": {step},' not in (output / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.layouts)])
+def test_sigterm_saves_and_a_second_run_goes_on(project, warm, train, processes):
+    """Of two processes, one alone gets it."""
+    output = project / f"stopped-{processes}"
+    job = warm.start(project, SCRIPTS["sft"], "sft.json", "--output_dir", output.name, *LONG, processes=processes)
+    wait_for_step(output, 2)
+    os.kill(job.pids[-1], signal.SIGTERM)
+    assert job.wait() == [75] * processes, job.shown
+    (saved,) = output.glob("checkpoint-*")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    lines = [line for line in job.shown.splitlines() if line.startswith("stopped: ")]
+    assert len(lines) == processes and f"SIGTERM in step {step} of 5000, which is done and saved" in lines[0]
+    assert "--resume_from_checkpoint auto" in lines[0] and not errors_in(job.shown)
+    constant = ("--max_steps", step + 2, *LONG[2:], *AUTO)  # a constant rate: the length of the run changes no step
+    assert train(output.name, *constant, processes=processes)[0] == [0] * processes
+    saves = ("--save_strategy", "steps", "--save_steps", step)
+    assert train("uninterrupted", *constant, *saves, processes=processes)[0] == [0] * processes
+    assert_same(project / "uninterrupted", output)
+    subprocess.run(["rm", "-r", str(project / "uninterrupted")], check=True)
+
+
+def test_sigterm_before_the_first_step(project, warm):
+    job = warm.start(project, SCRIPTS["sft"], "sft.json", "--output_dir", "early", *LONG)
+    while "SupervisedDataset" not in job.shown:
+        time.sleep(0.005)
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [75] and "stopped: SIGTERM" in job.shown
+
+
+@pytest.mark.layouts
+def test_the_launcher_gives_its_workers_time_to_save(project):
+    """Its own status is 15, whatever they say; their logs tell."""
+    command = [
+        *(sys.executable, "-u", "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", "log-term"),
+        *(str(SCRIPTS["sft"]), "sft.json", "--output_dir", "launched", *map(str, LONG)),
+    ]
+    launcher = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(project / "launched", 1)
+    launcher.send_signal(signal.SIGTERM)
+    shown, _ = launcher.communicate()
+    assert launcher.returncode == signal.SIGTERM, shown
+    assert len(list((project / "launched").glob("checkpoint-*/SHA256SUMS"))) == 1
+    for rank in range(2):
+        assert "stopped: SIGTERM in step" in (project / "log-term" / f"workerlog.{rank}").read_text()
+
+
+def test_a_damaged_checkpoint_is_named_or_passed_over(project, train, whole):
+    assert train("damaged", *STEPS)[0] == [0]
+    flip(project / "damaged" / "checkpoint-4" / "optimizer.safetensors")
+    status, shown = train("damaged", *STEPS, "--resume_from_checkpoint", "true")
+    assert status == [2] and "damaged/checkpoint-4/optimizer.safetensors is altered" in errors_in(shown)[0]
+    status, shown = train("damaged", *STEPS, *AUTO)
+    assert status == [0] and "notice: damaged/checkpoint-4/optimizer.safetensors is altered" in shown
+    assert "going on from damaged/checkpoint-2" in shown
+    assert (project / "damaged" / "checkpoint-4.damaged").is_dir()
+    (project / "damaged" / "checkpoint-4.damaged").rename(project / "aside")
+    assert_same(whole, project / "damaged")
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(train, whole):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in whole.rglob("*") if path.is_file()}
+    for asked in (AUTO, ("--resume_from_checkpoint",)):
+        status, shown = train("whole", *STEPS, *asked)
+        assert status == [0] and "the run in whole is finished, its last checkpoint is checkpoint-4" in shown
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in whole.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_the_best_checkpoint_is_kept_and_stands_for_the_run(project, train):
+    """The loss rises from the second evaluation on, for the learning rate is far too large; resumed after a stop."""
+    words = ("--max_steps", 12, "--save_strategy", "no", "--save_total_limit", 1, "--learning_rate", 0.3)
+    words += ("--evaluation_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", "true")
+    words += ("--early_stopping_patience", 3, "--lr_scheduler_type", "constant", "--warmup_steps", 0)
+    assert train("best", *words)[0] == [0]
+    rows = [row for row in read_rows(project / "best" / "metrics.jsonl") if "eval/loss" in row and row["step"] > 0]
+    best = min(rows, key=lambda row: row["eval/loss"])["step"]
+    assert rows[-1]["step"] == best + 3 < 12
+    kept = {path.name for path in (project / "best").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", f"checkpoint-{best + 3}"}
+    assert resolve_model_directory(project / "best").name == f"checkpoint-{best}"
+    assert "is finished" in train("best", *words, *AUTO)[1]
+    status, shown = train("unknown", *words, "--metric_for_best_model", "los")
+    assert status == [2] and '"eval/los" is not among' in errors_in(shown)[0] and "eval/loss" in errors_in(shown)[0]
+    subprocess.run(["cp", "-r", "best", "half"], cwd=project, check=True)
+    (project / "half" / f"checkpoint-{best + 3}").rename(project / "half" / f".checkpoint-{best + 3}.partial")
+    assert train("half", *words, *AUTO)[0] == [0]
+    assert_same(project / "best", project / "half")
+
+
+@pytest.fixture
+def small_disk(project):
+    folder = project / "disk"
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=560k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk(project, train, small_disk, whole):
+    status, shown = train("disk/run", *STEPS)
+    reason = "this checkpoint could not be written: No space left on device; checkpoint-2 before it is intact"
+    assert status == [1] and errors_in(shown) == [f"error: disk/run/checkpoint-4: {reason}"], shown
+    assert sorted(path.name for path in (small_disk / "run").glob("*checkpoint*")) == ["checkpoint-2"]
+    status, shown = train("disk/run", *STEPS, *AUTO, "--save_error", "skip")
+    assert status == [1] and "notice: " in shown and "the run's last checkpoint could not be written" in shown
+    subprocess.run(["cp", "-r", str(small_disk / "run"), str(project / "moved")], check=True)
+    assert train("moved", *STEPS, *AUTO)[0] == [0]
+    assert_same(whole, project / "moved")
+
+
+def test_a_full_disk_under_the_metrics(train, small_disk):
+    with (small_disk / "filler").open("wb") as file:
+        file.write(bytes(small_disk.stat().st_blksize * 132))
+    status, shown = train("disk/run", *LONG)
+    assert status == [1]
+    assert errors_in(shown) == ["error: disk/run/metrics.jsonl: cannot be written: No space left on device"]
