@@ -56,6 +56,7 @@ ARGUMENTS = {
     "disable_tqdm": True,
 }
 INTERVAL_S = 0.1  # between two looks at a process
+MEASURED = ("timing_s/", "memory_gb/", "perf/")  # metrics that are times and memory
 WRITE_REWARD_MODELS = """
 import sys
 from alignment.ppo.models.loading import resolve_model_directory
@@ -108,11 +109,11 @@ def measure(name: str, folder: Path, overrides: list[str]) -> dict:
     last = rows[-1]
     return {
         "name": name,
-        "peak_mb": round(peak),
+        "peak_mb": round(max(peak, 1000 * last["perf/max_memory_gb"])),  # Linux's mark starts anew with each phase
         "iteration_s": last["perf/iteration_s"],
         "offload_s": last.get("timing_s/offload", 0.0),
         "timeline": timeline,
-        "metrics": [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in rows],
+        "metrics": [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows],
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.stages import read_rows, run, weights_of, write_project, write_reward_model
 
-UNLIKE = ("timing_s/", "perf/")
+UNLIKE = ("timing_s/", "memory_gb/", "perf/")
 ILQL = ("--policy_loss", "ilql", "--steps_for_target_q_sync", 2, "--ilql_decoding_beta", "[1, 3]")
 
 

@@ -59,7 +59,7 @@ def rehearse(
     with _shared_directory(layout, values["seed"]) as directory:
         models = write_small_models(originals, directory / "models")
         small |= {key: models[value] for key, value in values.items() if key.endswith("model_name_or_path") and value}
-        small |= {"output_dir": str(directory / "output"), "logging_dir": None}
+        small |= {"output_dir": str(directory / "output"), "logging_dir": None, "report_to": []}
         with contextlib.redirect_stdout(io.StringIO()), _named_as_given(models):  # its answers mean nothing
             run_stage(stage, instances(small, groups), build, parts)
     _show(stage, made, layout, small, time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""Writes a run's metrics: always metrics.jsonl, and VisualDL or TensorBoard files by `report_to`."""
+"""Writes a run's metrics: always metrics.jsonl, and VisualDL, TensorBoard or wandb by `report_to`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.runtime.faults import RunError
+from alignment.runtime.writers import Writer, open_writer
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -24,15 +25,17 @@ class MetricsWriter:
     """A context manager; on ranks other than 0 it writes nothing.
 
     Args:
-        args: a stage's arguments; `report_to` (list of "visualdl", "tensorboard") and `logging_dir` are used.
+        args: a stage's arguments; `report_to` (list of "visualdl", "tensorboard", "wandb") and `logging_dir` are used.
         output_dir: where metrics.jsonl is; lines are appended to it.
         resume_from: keep only what was written up to this step, so that a resumed run writes no step twice;
             0 starts the file anew, None keeps everything.
+
+    Raises: UsageError if wandb cannot start.
     """
 
     def __init__(self, args: Any, output_dir: str | Path, resume_from: int | None = None) -> None:
         self._file, self._path = None, Path(output_dir) / METRICS_FILE
-        self._writers: list[Any] = []
+        self._writers: list[Writer] = []
         if not is_main_process():
             return
         with told_faults(self._path):
@@ -42,7 +45,7 @@ class MetricsWriter:
             self._file = self._path.open("a", encoding="utf-8")
         folder = Path(getattr(args, "logging_dir", None) or Path(output_dir) / "runs")
         for name in getattr(args, "report_to", None) or ():
-            self._writers.append(_OPENERS[name](str(folder / name)))
+            self._writers.append(open_writer(name, folder, Path(output_dir), _rows(self._path), resume_from))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line {"step": step, **metrics}, on disk when this returns. A value that is not finite becomes null."""
@@ -55,8 +58,7 @@ class MetricsWriter:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         for writer in self._writers:
-            for name, value in finite.items():
-                writer.add_scalar(name, value, int(step))
+            writer.write(int(step), finite)
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -100,16 +102,9 @@ def keep_steps(path: Path, last: int) -> None:
     partial.replace(path)
 
 
-def _open_visualdl(folder: str) -> Any:
-    from visualdl import LogWriter
-
-    return LogWriter(logdir=folder)
-
-
-def _open_tensorboard(folder: str) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(logdir=folder)
-
-
-_OPENERS = {"visualdl": _open_visualdl, "tensorboard": _open_tensorboard}
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a JSON-lines file; lines that a killed run left half-written are passed over."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            with suppress(ValueError):
+                yield json.loads(line)

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from paddlenlp.trainer import TrainingArguments
@@ -18,6 +19,7 @@ from alignment.ppo.models.lora import TARGETS as LORA_TARGETS
 from alignment.runtime.argument_fields import argument
 from alignment.runtime.bootstrap import configure_paddle
 from alignment.runtime.faults import UsageError, process_count
+from alignment.runtime.writers import check_installed
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 UNBUILT_DEGREES = (
@@ -127,7 +129,7 @@ class StageArguments(TrainingArguments):
             "help": "Training goes on while a checkpoint is written; until it is, its content takes memory once more."
         },
         "output_dir": {"help": "Directory for checkpoints, metrics.jsonl, samples.jsonl and run.json."},
-        "logging_dir": {"help": "Directory of VisualDL and TensorBoard files; default: under output_dir."},
+        "logging_dir": {"help": "Directory of VisualDL and TensorBoard files; default: output_dir/runs."},
     }
     LEGACY: ClassVar[frozenset[str]] = frozenset(
         # keys of PaddleNLP's own argument files that are no fields of its TrainingArguments
@@ -199,9 +201,9 @@ class StageArguments(TrainingArguments):
     )
     report_to: list[str] = argument(
         list,
-        "Writers beside metrics.jsonl.",
+        "Writers beside metrics.jsonl; all: visualdl and tensorboard; wandb must be installed.",
         group="Output",
-        choices=("visualdl", "tensorboard", "all", "none"),
+        choices=("visualdl", "tensorboard", "wandb", "all", "none"),
     )
     log_level: str = argument(
         "info",
@@ -226,6 +228,8 @@ class StageArguments(TrainingArguments):
     def __post_init__(self) -> None:
         log_level, report_to, loads_best = self.log_level, list(self.report_to), self.load_best_model_at_end
         self.load_best_model_at_end = False  # PaddleNLP would want evaluations and checkpoints at the same steps
+        # without a date, as PaddleNLP would add, so that a resumed run goes on with the same files
+        self.logging_dir = self.logging_dir or str(Path(self.output_dir) / "runs")
         device = configure_paddle(self.device, debug=log_level == "debug")
         if device == "cpu" and self.bf16:
             raise UsageError('"bf16": true needs a GPU: Paddle has no 16-bit kernels for the CPU; set it to false')
@@ -260,8 +264,9 @@ class StageArguments(TrainingArguments):
         if values["data_seed"] is None:
             values["data_seed"] = values["seed"]
         if "all" in values["report_to"]:
-            values["report_to"] = ["visualdl", "tensorboard"]
-        values["report_to"] = [name for name in dict.fromkeys(values["report_to"]) if name != "none"]
+            values["report_to"] = ["visualdl", "tensorboard", *values["report_to"]]
+        values["report_to"] = [name for name in dict.fromkeys(values["report_to"]) if name not in ("all", "none")]
+        check_installed(values["report_to"])
         _validate_evaluation(values)
         _settle_best(values)
         if isinstance(values["resume_from_checkpoint"], bool):

@@ -12,7 +12,7 @@ import numpy as np
 from tests.stages import CHECKOUT, read_rows, weights_of
 
 SCRIPT = CHECKOUT / "tests/parallel/trajectories.py"
-TIMES = ("timing_s/", "perf/")
+TIMES = ("timing_s/", "memory_gb/", "perf/")
 # Relative 1e-4, as promised; the absolute part is float32 rounding: of sums of some 30 nats in the metrics that are
 # differences of log-probabilities, and of weights of size 0.1 to 1.
 METRICS_CLOSE = {"rtol": 1e-4, "atol": 1e-5}

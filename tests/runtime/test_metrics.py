@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from alignment.runtime import writers
+from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import MetricsWriter
 
 
@@ -54,25 +58,54 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("own_folder", [True, False])
-def test_both_writers_hold_the_scalars(tmp_path, own_folder):
-    from tensorboardX.proto.event_pb2 import Event
+def read_visualdl(folder: Path) -> list[tuple[int, str, float]]:
     from visualdl import LogReader
 
+    (file,) = (folder / "visualdl").iterdir()
+    reader = LogReader(file_path=str(file))
+    tags = reader.get_tags().get("scalar", ())
+    return [(record.id, tag, record.value) for tag in tags for record in reader.get_data("scalar", tag)]
+
+
+def read_tensorboard(folder: Path) -> list[tuple[int, str, float]]:
+    """As TensorBoard shows it: where a file says that a session starts at a step, what was there from it on goes."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown = []
+    for file in sorted((folder / "tensorboard").iterdir()):
+        for event in map(Event.FromString, tensorboard_records(file.read_bytes())):
+            if event.session_log.status == SessionLog.START:
+                shown = [point for point in shown if point[0] < event.step]
+            shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return shown
+
+
+@pytest.mark.parametrize("own_folder", [True, False])
+def test_both_writers_hold_the_scalars(tmp_path, own_folder):
     folder = tmp_path / "events" if own_folder else tmp_path / "runs"
     with MetricsWriter(
         settings("visualdl", "tensorboard", logging_dir=folder if own_folder else None), tmp_path
     ) as writer:
         writer.write(1, {"objective/kl": 0.25, "loss": math.nan})
         writer.write(2, {"objective/kl": 0.5})
-    (visualdl_file,) = (folder / "visualdl").iterdir()
-    records = LogReader(file_path=str(visualdl_file)).get_data("scalar", "objective/kl")
-    assert [(record.id, record.value) for record in records] == [(1, 0.25), (2, 0.5)]
+    expected = [(1, "objective/kl", 0.25), (2, "objective/kl", 0.5)]
+    assert read_visualdl(folder) == read_tensorboard(folder) == expected
 
-    (tensorboard_file,) = (folder / "tensorboard").iterdir()
-    events = [Event.FromString(record) for record in tensorboard_records(tensorboard_file.read_bytes())]
-    scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
-    assert scalars == [(1, "objective/kl", 0.25), (2, "objective/kl", 0.5)]
+
+def test_a_resumed_run_shows_no_step_twice(tmp_path):
+    both, folder = settings("visualdl", "tensorboard"), tmp_path / "runs"
+    starts = {0: [0, 1, 2, 3], 2: [3, 4]}
+    for start, steps in starts.items():
+        time.sleep(1.1)  # TensorBoard's files are named by the second
+        with MetricsWriter(both, tmp_path, resume_from=start) as writer:
+            for step in steps:
+                writer.write(step, {"loss": step + start / 4})
+    expected = [(step, "loss", float(value)) for step, value in ((0, 0), (1, 1), (2, 2), (3, 3.5), (4, 4.5))]
+    assert read_visualdl(folder) == read_tensorboard(folder) == expected
+    time.sleep(1.1)
+    with MetricsWriter(both, tmp_path, resume_from=0) as writer:  # another run in the same place
+        writer.write(0, {"loss": 7.0})
+    assert read_visualdl(folder) == read_tensorboard(folder) == [(0, "loss", 7.0)]
 
 
 def tensorboard_records(content: bytes):
@@ -81,3 +114,44 @@ def tensorboard_records(content: bytes):
         length = int.from_bytes(content[:8], "little")
         yield content[12 : 12 + length]
         content = content[16 + length :]
+
+
+def test_wandb_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(writers, "find_spec", lambda name: None)
+    writers.check_installed(["visualdl"])
+    with pytest.raises(UsageError, match='"report_to": "wandb" needs the package wandb'):
+        writers.check_installed(["visualdl", "wandb"])
+
+
+def test_wandb_keeps_its_run_over_a_resume(tmp_path, monkeypatch):
+    """Offline, read back from the files that `wandb sync` would send."""
+    pytest.importorskip("wandb", reason="no requirement of this toolkit", exc_type=ImportError)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "run.json").write_text('{"arguments": {"seed": 5}}')
+    for start, steps in {0: [0, 1, 2, 3], 2: [3, 4]}.items():
+        with MetricsWriter(settings("wandb"), tmp_path, resume_from=start) as writer:
+            for step in steps:
+                writer.write(step, {"loss": step + start / 4, "bad": math.nan})
+    kept = (tmp_path / "wandb_id.txt").read_text().strip()
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    assert [file.stem for file in files] == [f"run-{kept}"] * 2
+    first, second = map(read_wandb, files)
+    assert first == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)] and second == [(3, 3.5), (4, 4.5)]
+    with MetricsWriter(settings("wandb"), tmp_path, resume_from=0):
+        pass
+    assert (tmp_path / "wandb_id.txt").read_text().strip() != kept  # another run in the same place
+
+
+def read_wandb(file: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each row of a .wandb file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, points = DataStore(), []
+    store.open_for_scan(str(file))
+    while data := store.scan_data():
+        items = {item.key or "/".join(item.nested_key): item for item in Record.FromString(data).history.item}
+        if items:
+            assert "bad" not in items
+            points.append((int(items["_step"].value_json), float(items["loss"].value_json)))
+    return points

@@ -194,7 +194,7 @@ def test_paddlenlps_reward_file(tmp_path, capsys):
         (["--do_train=false"], '"do_train": false is not available yet; what works today is true'),
         (["--train_datasets="], '"train_datasets": required'),
         (["--top_p=0"], 'command line: --top_p: "0" is not allowed; it must be a number > 0 and <= 1'),
-        (["--report_to=wandb"], 'command line: --report_to: "wandb" is not allowed; it must be a list of visualdl'),
+        (["--report_to=mlflow"], 'command line: --report_to: "mlflow" is not allowed; it must be a list of visualdl'),
     ],
 )
 def test_refused_in_one_line(options, start):
