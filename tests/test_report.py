@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignment.report.answers import choose_steps, lay_out
 from alignment.report.plots import draw_stage, smooth
 from alignment.report.reading import Stage, read_stages
 from alignment.report.render import write_report
-from alignment.report.tables import compare_rewards, headline, side_by_side, verdict
+from alignment.report.tables import compare_rewards, headline, verdict, with_error
 from alignment.runtime.faults import UsageError
 
 
@@ -72,6 +73,7 @@ def write_ppo(directory, iterations=60, prompts=32):
                     "rewards/length": -0.1 + 0.02 * noise[0],
                     "timing_s/rollout": 4.1 + 0.2 * noise[1],
                     "timing_s/score": 0.8,
+                    "memory_gb/score": 1.5,
                     "timing_s/update": 2.6 + 0.1 * noise[2],
                     "lr": 1e-5 * (1 - step / iterations),
                 }
@@ -102,11 +104,11 @@ def write_sft(directory):
 class Page(HTMLParser):
     """Collects text, tags and image bytes; fails on tags that do not nest."""
 
-    VOID = ("meta", "img", "br")
+    VOID = ("meta", "link", "img", "br")
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.images, self.text = [], [], [], ""
+        self.open, self.tags, self.images, self.alts, self.text = [], [], [], [], ""
         self.feed(text)
         assert not self.open
 
@@ -115,9 +117,12 @@ class Page(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
         if tag == "img":
-            kind, _, data = dict(attributes)["src"].partition(",")
+            named = dict(attributes)
+            kind, _, data = named["src"].partition(",")
             assert kind == "data:image/png;base64"
             self.images.append(Image.open(io.BytesIO(base64.b64decode(data))))
+            assert (int(named["width"]), int(named["height"])) == self.images[-1].size
+            self.alts.append(named["alt"])
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -134,14 +139,14 @@ def test_ppo_page_is_self_contained_and_complete(tmp_path):
     assert not re.search(r'(src|href)="(?!data:|#)', text)  # nothing is fetched
     assert "script" not in page.tags and "b" not in page.tags  # a model's answer is text, not markup
     assert "hello & goodbye to 0 <script>alert(1)</script>" in page.text
-    # reward, kl, length, truncated, two losses, entropy, components, lr, timing
-    assert len(page.images) == 10
+    # reward, kl, length, truncated, two losses, entropy, components, lr, frontier, two distributions, timing, memory
+    assert len(page.images) == 14 and page.alts[0].startswith("Reward: training from ")
     for image in page.images:
         pixels = np.asarray(image.convert("L"))
         assert image.width > 700 and pixels.std() > 5  # something is drawn
     paired = compare_rewards(samples)
     assert f"{paired.ratio:.4g} standard errors above the start" in page.text
-    for expected in ("kl_coeff", "critic.lr", "1e-05", "Before (step 0)", "After (step 60)", "truncated"):
+    for expected in ("kl_coeff", "critic.lr", "1e-05", "step 0 ·", "step 20 ·", "step 60 ·", "truncated"):
         assert expected in page.text
 
 
@@ -150,11 +155,11 @@ def test_markdown_shows_the_same_and_its_images_exist(tmp_path):
     write_report(tmp_path / "my run")
     text = (tmp_path / "my run" / "report.md").read_text()
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert len(links) == 10 and all((tmp_path / "my run" / link).is_file() for link in links)
+    assert len(links) == 14 and all((tmp_path / "my run" / link).is_file() for link in links)
     assert "<script>" not in text and "<b>" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     widths = {len(re.sub(r"\\\|", "", row).split("|")) for row in rows if "hello" in row}
-    assert widths == {5}  # three cells: pipes and line breaks in answers do not break the table
+    assert widths == {7}  # the run's label and four steps: pipes and line breaks in answers do not break the table
 
 
 def test_pipeline_has_a_section_per_stage_in_order(tmp_path):
@@ -165,7 +170,7 @@ def test_pipeline_has_a_section_per_stage_in_order(tmp_path):
     page = Page(write_report(tmp_path).read_text())
     titles = re.findall(r"(Supervised fine-tuning|Reward model|Online RL) \((\w+)\)", page.text)
     assert titles[:3] == [("Supervised fine-tuning", "sft"), ("Reward model", "rm"), ("Online RL", "ppo")]
-    assert len(page.images) == 10 + 3 + 2
+    assert len(page.images) == 14 + 3 + 2
     assert page.text.count("run.json is missing") == 1 and "samples.jsonl is missing" not in page.text
     (tmp_path / "ppo" / "samples.jsonl").unlink()
     assert "samples.jsonl is missing" in Page(write_report(tmp_path).read_text()).text
@@ -190,8 +195,8 @@ def test_a_judge_has_its_rows_and_plots(tmp_path):
     (stage,) = read_stages(tmp_path)
     assert [picture.key for picture in draw_stage(stage)] == ["reward", "judge", "win_rate"]
     judge, wins = headline(stage)[1:]
-    assert (judge["start"], judge["final"], judge["change"]) == ("0 ± 0.125", "0.5 ± 0.125", "+0.5")
-    assert wins["label"].startswith("Win rate") and (wins["start"], wins["final"]) == ("0.5 ± 0", "0.7 ± 0.1")
+    assert (judge["start"], judge["final"], judge["change"]) == ("0.00 ± 0.12", "0.50 ± 0.12", "+0.5")
+    assert wins["label"].startswith("Win rate") and (wins["start"], wins["final"]) == ("0.5 ± 0", "0.70 ± 0.10")
 
 
 def rows(step, rewards):
@@ -232,11 +237,29 @@ def test_verdict_claims_no_more_than_the_samples_allow(samples, sentence):
     assert bool(verdict(compare_rewards(samples))) == bool(sentence)
 
 
-def test_samples_are_the_first_prompts_at_first_and_last_step():
-    shown = side_by_side(rows(0, {7: 0.1, 3: 0.2, 5: 0.3}) + rows(1, {7: 9.0}) + rows(2, {5: 0.4, 3: 0.5, 7: 0.6}), 2)
-    assert [(row["before"]["reward"], row["after"]["reward"]) for row in shown] == [(0.1, 0.6), (0.2, 0.5)]
-    (once,) = side_by_side(rows(0, {7: 0.1}), 2)
-    assert once["after"] is None
+def test_the_same_prompts_are_shown_at_several_steps_and_of_several_runs():
+    assert choose_steps([0, 8, 2, 4, 6, 8], 4) == [0, 2, 6, 8] and choose_steps([3], 4) == [3]
+    own = rows(0, {7: 0.1, 3: 0.2, 5: 0.3}) + rows(1, {7: 9.0}) + rows(2, {5: 0.4, 3: 0.5, 7: 0.6})
+    shown = lay_out({"one": own, "other": rows(0, {3: 1.0}), "none": []})
+    cells = [[[cell and cell["reward"] for cell in run["cells"]] for run in item["runs"]] for item in shown]
+    assert cells == [[[0.1, 9.0, 0.6], [None]], [[0.2, None, 0.5], [1.0]], [[0.3, None, 0.4], [None]]]
+
+
+def test_what_a_template_puts_around_all_prompts_is_left_out_and_long_texts_are_cut():
+    texts = [f"<s>\nBe kind.\n<user> {name}?<end>\n<bot>" for name in ("Adele", "Bach")]
+    samples = [{"step": 0, "prompt_id": i, "prompt": text, "answer": "x" * 1500} for i, text in enumerate(texts)]
+    assert lay_out({"": [row | {"decoding": "steered"} for row in samples]}) == []  # the policy's own are shown
+    items = lay_out({"": samples})
+    assert [item["prompt"] for item in items] == ["<user> Adele?", "<user> Bach?"]
+    assert items[0]["runs"][0]["cells"][0]["answer"] == "x" * 1200 + " … (300 more characters)"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [(1.5569, 0.1165, "1.56 ± 0.12"), (24.95, 1.23, "24.9 ± 1.2"), (8e-5, 7e-6, "8e-05 ± 7e-06"), (2, 0, "2 ± 0")],
+)
+def test_a_value_is_as_precise_as_its_standard_error(value, error, text):
+    assert with_error(value, error) == text
 
 
 def test_resumed_run_counts_each_step_once_and_gaps_are_skipped(tmp_path):
@@ -267,27 +290,60 @@ def test_only_what_exists_is_drawn(tmp_path):
     assert [picture.key for picture in pictures] == ["kl", "timing"]
 
 
+GOOD = '{"step": 1, "loss": 1}\n'
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, "no metrics.jsonl here or one level below"),
         ({"metrics.jsonl": ""}, "metrics.jsonl: no metrics yet"),
-        ({"metrics.jsonl": '{"step": 1, "loss": 1}\nnot json\n'}, "metrics.jsonl, line 2: not JSON"),
-        ({"metrics.jsonl": '{"loss": 1}\n'}, "metrics.jsonl, line 1: needs step"),
-        ({"metrics.jsonl": '{"step": "one"}\n'}, "metrics.jsonl, line 1: needs an integer step"),
-        ({"metrics.jsonl": "[1]\n"}, "metrics.jsonl, line 1: needs step"),
-        ({"metrics.jsonl": b"\xff\xfe\n"}, "metrics.jsonl: cannot be read"),
-        ({"metrics.jsonl": '{"step": 1, "loss": 1}\n', "run.json": "{"}, "run.json: cannot be read"),
-        ({"metrics.jsonl": '{"step": 1, "loss": 1}\n', "run.json": "[]"}, "run.json: not a JSON object"),
-        ({"metrics.jsonl": '{"step": 1, "loss": 1}\n', "samples.jsonl": '{"step": 1}\n'}, "line 1: needs prompt_id"),
+        ({"run.json": "{}"}, "metrics.jsonl: no metrics yet; metrics.jsonl is missing"),
+        ({"metrics.jsonl": "[1]\n"}, "metrics.jsonl: no metrics yet; metrics.jsonl is damaged: line 1 skipped"),
+        ({"metrics.jsonl": b"\xff\xfe\n"}, "no metrics yet; metrics.jsonl cannot be read: 'utf-8' codec"),
     ],
 )
-def test_bad_directory_is_one_clear_line(tmp_path, files, message):
+def test_a_directory_without_metrics_is_one_clear_line(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message) as error:
         write_report(tmp_path)
     assert str(tmp_path) in str(error.value) and not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "note"),
+    [
+        ({"metrics.jsonl": GOOD + "not json\n" + GOOD}, "metrics.jsonl is damaged: line 2 skipped."),
+        ({"metrics.jsonl": GOOD + '{"loss": 1}\n{"step": "one"}\n' + GOOD}, "damaged: line 2 and 1 more skipped."),
+        ({"metrics.jsonl": GOOD + "[" * 100_000 + "\n" + GOOD}, "metrics.jsonl is damaged: line 2 skipped."),
+        ({"metrics.jsonl": GOOD + '{"step": 2, "loss": 1' + "0" * 400 + "}\n" + GOOD}, "run.json is missing."),
+        ({"run.json": "{"}, "run.json is damaged and was skipped."),
+        ({"run.json": "[]"}, "run.json is damaged and was skipped."),
+        ({"run.json": '{"arguments": [1], "versions": 3, "topology": {"layout": 1}, "command": "x"}'}, "Settings"),
+        ({"run.json": b"\xff"}, "run.json cannot be read: 'utf-8' codec"),
+        ({"samples.jsonl": '{"step": 1}\n'}, "samples.jsonl is damaged: line 1 skipped."),
+        ({"samples.jsonl": '{"step": 1, "prompt_id": [], "prompt": {}, "answer": 5}\n'}, "samples.jsonl is damaged"),
+        ({"samples.jsonl": '{"step": 1, "prompt_id": 1, "prompt": "\\ud800", "answer": "\\ud800"}\n'}, "step 1 ·"),
+        ({"alerts.jsonl": '{"step": 1, "alert": "kl"}\n'}, "alerts.jsonl is damaged: line 1 skipped."),
+    ],
+)
+def test_what_is_damaged_is_noted_and_the_rest_is_shown(tmp_path, files, note):
+    for name, content in ({"metrics.jsonl": GOOD} | files).items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    page = Page(write_report(tmp_path).read_text())
+    assert note in page.text and "Training loss" in page.text
+
+
+def test_alerts_stand_at_the_top_and_in_the_curves(tmp_path):
+    write_ppo(tmp_path, iterations=10)
+    plain = Page(write_report(tmp_path).read_text())
+    alerts = [{"step": 3, "alert": "kl-exploding", "message": f"KL {kl}: raise kl_coeff"} for kl in (8, 9)]
+    write_lines(tmp_path / "alerts.jsonl", [*alerts, alerts[0] | {"step": 7, "alert": "<i>", "message": "<script>"}])
+    page = Page(write_report(tmp_path).read_text())
+    assert "kl-exploding (2 times, step 3 to 3): KL 9: raise kl_coeff" in page.text and "<i> (step 7)" in page.text
+    assert page.text.index("kl-exploding") < page.text.index("Held-out reward") and "i" not in page.tags
+    assert page.images[0].tobytes() != plain.images[0].tobytes()
 
 
 def test_command(tmp_path):
@@ -310,7 +366,9 @@ def test_logged_answers(tmp_path):
     write_lines(tmp_path / "metrics.jsonl", rows)
     (stage,) = read_stages(tmp_path)
     assert stage.kind == "offline" and stage.title.startswith("Logged answers")
-    assert {picture.key for picture in draw_stage(stage)} == {"reward", "kl", "policy_loss", "value_loss", "lr"}
+    assert {picture.key for picture in draw_stage(stage)} == {
+        *("reward", "kl", "policy_loss", "value_loss", "lr", "frontier")
+    }
     changes = {row["label"]: row["change"] for row in headline(stage)}
     assert changes["Held-out reward"] == "+0.2" and changes["Loss on held-out logged answers"] == "-1"
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alignment.report.plots import EXTRA, HELD_OUT, STYLE, THIRD, TRAIN
+from alignment.report.style import EXTRA, HELD_OUT, STYLE, THIRD, TRAIN
 from alignment.rm.plots import COLORS
 
 LINES = (TRAIN, HELD_OUT, THIRD, *EXTRA)

@@ -1,10 +1,10 @@
-"""Reads what a stage left in its output directory: metrics.jsonl, samples.jsonl, run.json."""
+"""Reads what a stage left in its output directory: metrics.jsonl, samples.jsonl, alerts.jsonl, run.json."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 
 from alignment.runtime.faults import UsageError
 
+MARKS = ("metrics.jsonl", "run.json")  # a directory with one of them is a run's
+LARGEST = 1e300  # numbers beyond it are no measurement, and nothing can be drawn with them
 STAGE_ORDER = ("sft", "rm", "offline", "update", "ppo")
 STAGE_TITLES = {
     "sft": "Supervised fine-tuning",
@@ -27,9 +29,11 @@ STAGE_TITLES = {
 class Stage:
     """What one stage wrote.
 
-    kind: a key of STAGE_TITLES, as run.json says it, or else told from the metrics' names.
+    name: tells it from the other runs of the page. kind: a key of STAGE_TITLES, as run.json says it, or else told
+    from the metrics' names.
     metrics: {name: {step: value}}, finite values only; a step written twice (after a resume) keeps its last value.
-    samples: rows of samples.jsonl in file order; run: run.json; notes: what was missing, for the reader.
+    samples: rows of samples.jsonl in file order; alerts: rows of alerts.jsonl; run: run.json; notes: what was missing
+    or damaged, for the reader.
     """
 
     directory: Path
@@ -38,10 +42,42 @@ class Stage:
     samples: list[dict[str, Any]] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    alerts: list[dict[str, Any]] = field(default_factory=list)
+    name: str = ""
 
     @property
     def title(self) -> str:
-        return f"{STAGE_TITLES[self.kind]} ({self.directory.resolve().name})"
+        return f"{STAGE_TITLES[self.kind]} ({self.name or self.directory.resolve().name})"
+
+    @property
+    def unit(self) -> str:
+        """What a step is called."""
+        return "iteration" if self.kind == "ppo" else "step"
+
+    @property
+    def rank(self) -> int:
+        """Place in a pipeline."""
+        return STAGE_ORDER.index(self.kind)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As run.json resolved them; empty if it does not say."""
+        arguments = self.run.get("arguments")
+        return arguments if isinstance(arguments, dict) else {}
+
+    @property
+    def last_step(self) -> int:
+        return max((max(points) for points in self.metrics.values()), default=0)
+
+    def final(self, name: str) -> float | None:
+        """The last value of a metric."""
+        points = self.metrics.get(name)
+        return points[max(points)] if points else None
+
+    def phases(self, quantity: str) -> dict[str, dict[int, float]]:
+        """{phase: {step: value}} of the metrics `<quantity>/<phase>`."""
+        prefix = f"{quantity}/"
+        return {name.removeprefix(prefix): points for name, points in self.metrics.items() if name.startswith(prefix)}
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps int64 [n] in order and values float64 [n]; both empty if the metric was never written."""
@@ -49,33 +85,47 @@ class Stage:
         return np.array([s for s, _ in points], dtype=np.int64), np.array([v for _, v in points], dtype=np.float64)
 
 
-def read_stages(output_dir: Path) -> list[Stage]:
-    """The stage in `output_dir`, or those in its direct sub-directories (by STAGE_ORDER, then by name).
+def read_stages(*output_dirs: Path) -> list[Stage]:
+    """The runs in `output_dirs`, each a stage's directory or one with those of stages in it.
 
-    Raises UsageError when there is none or a file is corrupt.
+    Those of one directory are in the order of STAGE_ORDER, then by name. What is missing or damaged is in their notes.
+    Raises UsageError for a directory without a run, and where no run has a metric.
     """
+    folders = dict.fromkeys(folder for output_dir in output_dirs for folder in _find_runs(output_dir))
+    stages = [read_stage(folder) for folder in folders]
+    if not any(stage.metrics for stage in stages):
+        first = stages[0]
+        raise UsageError(f"{first.directory / 'metrics.jsonl'}: no metrics yet; {' '.join(first.notes)}".rstrip("; "))
+    if len(stages) > 1:
+        shared = os.path.commonpath([folder.parent for folder in folders])
+        for stage, folder in zip(stages, folders, strict=True):
+            stage.name = str(folder.relative_to(shared))
+    return stages
+
+
+def _find_runs(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         raise UsageError(f"{output_dir}: no such directory")
-    if (output_dir / "metrics.jsonl").exists():
-        return [read_stage(output_dir)]
-    folders = [path.parent for path in output_dir.glob("*/metrics.jsonl")]
-    if not folders:
+    found = [path for path in (output_dir, *output_dir.iterdir()) if any((path / name).exists() for name in MARKS)]
+    if not found:
         raise UsageError(f"{output_dir}: no metrics.jsonl here or one level below; is it the output_dir of a run?")
     rank = {name: index for index, name in enumerate(STAGE_ORDER)}
-    return [read_stage(path) for path in sorted(folders, key=lambda p: (rank.get(p.name, len(rank)), p.name))]
+    found = [output_dir] if output_dir in found else found
+    return [path.resolve() for path in sorted(found, key=lambda p: (rank.get(p.name, len(rank)), p.name))]
 
 
 def read_stage(directory: Path) -> Stage:
-    """Raises UsageError, naming file and line, for anything unreadable."""
+    """What is there; what is not, or cannot be read, is in the notes."""
     notes: list[str] = []
-    metrics = _gather_metrics(_read_lines(directory / "metrics.jsonl", ("step",), notes))
-    if not metrics:
-        raise UsageError(f"{directory / 'metrics.jsonl'}: no metrics yet")
-    run, samples = _read_run(directory / "run.json", notes), []
-    kind = run["stage"] if run.get("stage") in STAGE_TITLES else _tell_kind(metrics)
+    metrics = _gather_metrics(_read_lines(directory / "metrics.jsonl", (), notes))
+    run = _read_run(directory / "run.json", notes)
+    kind = run["stage"] if run.get("stage") in STAGE_ORDER else _tell_kind(metrics)
+    samples, alerts = [], []
     if kind == "ppo" or (directory / "samples.jsonl").exists():  # the other stages sample no answers
-        samples = list(_read_lines(directory / "samples.jsonl", ("step", "prompt_id", "prompt", "answer"), notes))
-    return Stage(directory, kind, metrics, samples, run, notes)
+        samples = list(_read_lines(directory / "samples.jsonl", ("prompt_id", "prompt", "answer"), notes))
+    if (directory / "alerts.jsonl").exists():
+        alerts = list(_read_lines(directory / "alerts.jsonl", ("alert", "message"), notes))
+    return Stage(directory, kind, metrics, samples, run, notes, alerts)
 
 
 def _tell_kind(metrics: Iterable[str]) -> str:
@@ -93,46 +143,69 @@ def _gather_metrics(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, fl
     metrics: dict[str, dict[int, float]] = {}
     for record in records:
         for name, value in record.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if name != "step" and is_number and math.isfinite(value):
-                metrics.setdefault(name.removeprefix("train/"), {})[record["step"]] = float(value)
+            if name != "step" and (number := finite(value)) is not None:
+                metrics.setdefault(name.removeprefix("train/"), {})[record["step"]] = number
     return metrics
 
 
-def _read_lines(path: Path, needed: tuple[str, ...], notes: list[str]) -> Iterable[dict[str, Any]]:
-    """Rows of a JSON-lines file. A torn last line, left by a run that was killed, is noted and skipped."""
-    if not path.exists():
-        notes.append(f"{path.name} is missing.")
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
-    lines = text.split("\n")
+def finite(value: Any) -> float | None:
+    """A value of a JSON file as a number, or None if it is none that can be drawn."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+        return None
+    return float(value)
+
+
+def _read_lines(path: Path, needed: tuple[str, ...], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON-lines file that have an integer "step" and what is `needed`; others are noted and skipped."""
+    lines = _read_text(path, notes).split("\n")
+    damaged = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                notes.append(f"The last line of {path.name} is incomplete and was skipped.")
-                return
-            raise UsageError(f"{path}, line {number}: not JSON: {error}") from error
-        missing = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
-        if missing or not isinstance(row["step"], int):
-            raise UsageError(f"{path}, line {number}: needs {', '.join(missing) or 'an integer step'}")
-        yield row
+        row = _parse(line)
+        if isinstance(row, dict) and _is_step(row.get("step")) and all(_is_plain(row.get(key)) for key in needed):
+            yield row
+        elif row is None and number == len(lines):  # left by a run that was killed, or is writing now
+            notes.append(f"The last line of {path.name} is incomplete and was skipped.")
+        else:
+            damaged.append(number)
+    if damaged:
+        where = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+        notes.append(f"{path.name} is damaged: {where} skipped.")
+
+
+def _parse(text: str) -> Any:
+    """What JSON says, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float))
+
+
+def _read_text(path: Path, notes: list[str]) -> str:
+    """Empty, and noted, if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        notes.append(f"{path.name} is missing.")
+    except (OSError, UnicodeDecodeError) as fault:
+        notes.append(f"{path.name} cannot be read: {fault}.")
+    return ""
 
 
 def _read_run(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.exists():
-        notes.append(f"{path.name} is missing.")
-        return {}
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(run, dict):
-        raise UsageError(f"{path}: not a JSON object")
-    return run
+    known = len(notes)
+    run = _parse(_read_text(path, notes))
+    if isinstance(run, dict):
+        return run
+    if len(notes) == known:
+        notes.append(f"{path.name} is damaged and was skipped.")
+    return {}

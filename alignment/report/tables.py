@@ -1,15 +1,17 @@
-"""The numbers of a report: headline rows, paired comparison, samples side by side, arguments."""
+"""The numbers of one run: headline rows, paired comparison, alerts, arguments."""
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from alignment.report.reading import Stage
+from alignment.report.reading import Stage, finite
 
 NOT_AVAILABLE = "n/a"
 HEADLINES = {  # metric -> label, in the order of the table's rows
@@ -52,6 +54,7 @@ ERRORS = {  # metric -> its standard error
     "eval/reward_mean": "eval/reward_sem",
     "eval/judge_reward_mean": "eval/judge_reward_sem",
     "eval/win_rate": "eval/win_rate_sem",
+    "eval/kl_mean": "eval/kl_sem",
 }
 
 
@@ -79,12 +82,12 @@ def compare_rewards(samples: Iterable[dict[str, Any]]) -> Paired | None:
     """
     rewards: dict[int, dict[Any, list[float]]] = {}
     for row in samples:
-        if isinstance(row.get("reward"), (int, float)) and math.isfinite(row["reward"]):
-            rewards.setdefault(row["step"], {}).setdefault(row["prompt_id"], []).append(row["reward"])
+        if (reward := finite(row.get("reward"))) is not None:
+            rewards.setdefault(row["step"], {}).setdefault(row["prompt_id"], []).append(reward)
     if len(rewards) < 2:
         return None
     first, last = rewards[min(rewards)], rewards[max(rewards)]
-    common = sorted(first.keys() & last.keys())
+    common = [key for key in first if key in last]
     if not common:
         return None
     before = np.array([np.mean(first[key]) for key in common])
@@ -105,7 +108,7 @@ def headline(stage: Stage) -> list[dict[str, str]]:
         _, errors = stage.series(ERRORS.get(name, ""))
         cells = [number(value) for value in (values[0], values[-1])]
         if len(errors) == len(values):
-            cells = [f"{cell} ± {number(error)}" for cell, error in zip(cells, (errors[0], errors[-1]), strict=True)]
+            cells = [with_error(values[place], errors[place]) for place in (0, -1)]
         change = number(values[-1] - values[0], signed=True) if len(values) > 1 else NOT_AVAILABLE
         rows.append({"label": label, "start": cells[0], "final": cells[1], "change": change})
     return rows
@@ -124,36 +127,51 @@ def verdict(paired: Paired | None) -> str:
     )
 
 
-def side_by_side(samples: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """The first `limit` prompts of the first evaluation, unselected, with their answers then and at the last one.
+def summarize_alerts(alerts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One {"alert", "steps", "message"} for each kind of alert, with its last message, in the order of appearance."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in alerts:
+        kinds.setdefault(str(row["alert"]), []).append(row)
+    summary = []
+    for alert, rows in kinds.items():
+        first, last = rows[0]["step"], rows[-1]["step"]
+        steps = f"step {first}" if len(rows) == 1 else f"{len(rows)} times, step {first} to {last}"
+        summary.append({"alert": alert, "steps": steps, "message": str(rows[-1]["message"])})
+    return summary
 
-    Each: {"prompt", "before": row, "after": row or None if the run was evaluated once}. One answer a prompt.
-    """
-    if not samples:
-        return []
-    steps = [row["step"] for row in samples]
-    by_step: dict[int, dict[Any, dict]] = {min(steps): {}, max(steps): {}}
-    for row in samples:
-        if row["step"] in by_step:
-            by_step[row["step"]].setdefault(row["prompt_id"], row)
-    before, after = by_step[min(steps)], by_step[max(steps)] if max(steps) > min(steps) else {}
-    chosen = [key for key in before if key in after or not after][:limit]
-    return [{"prompt": before[key]["prompt"], "before": before[key], "after": after.get(key)} for key in chosen]
+
+def describe_record(stage: Stage) -> dict[str, dict[str, str]]:
+    """{heading: {name: text}} of run.json: the run itself, then its arguments, versions and topology."""
+    run = dict(stage.run)
+    if isinstance(run.get("command"), list):
+        run["command"] = shlex.join(map(str, run["command"]))
+    scalars = {name: value for name, value in run.items() if not isinstance(value, dict)}
+    groups = {"command": scalars} | {name: value for name, value in run.items() if isinstance(value, dict)}
+    return {name: flatten(group) for name, group in groups.items() if group}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested dictionaries -> {"a.b": text}."""
+    """Nested dictionaries -> {"a.b": text}, as an argument file would have it."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else repr(value)
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return flat
 
 
 def number(value: Any, signed: bool = False) -> str:
     """Four significant digits, plain notation where it is readable."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    known = finite(value)
+    if known is None:
         return NOT_AVAILABLE
-    return format(value, "+.4g" if signed else ".4g")
+    return format(known, "+.4g" if signed else ".4g")
+
+
+def with_error(value: float, error: float) -> str:
+    """A value with its standard error, both to the error's second digit."""
+    if not 1e-3 < error < 1e6:
+        return f"{number(value)} ± {number(error)}"
+    places = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{places}f} ± {error:.{places}f}"

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from alignment.report.plots import EXTRA, HELD_OUT, STYLE, THIRD, TRAIN
+from alignment.report.style import EXTRA, HELD_OUT, STYLE, THIRD, TRAIN
 from alignment.rm.evaluation import Arrays, describe_curve, one_order_curve, peoples_pairs, scores_by_role
 from alignment.rm.metrics import Calibration, calibration_curve
 
