@@ -47,9 +47,9 @@ def _describe(stage: Stage) -> dict[str, str]:
         "Seed": str(stage.arguments.get("seed", "")),
         "Layout": describe_layout(stage.run["topology"]) if isinstance(stage.run.get("topology"), dict) else "",
         "Steps": _count_steps(stage),
-        **{column: _last(stage, metric) for column, metric in METRICS.items()},
         "Time": duration(training_seconds(stage)),
         "Alerts": str(len(stage.alerts) or ""),
+        **{column: _last(stage, metric) for column, metric in METRICS.items()},
     }
 
 
