@@ -33,12 +33,6 @@ def over_seeds(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("mean", "sem"), mean_and_sem(np.asarray(values, dtype=np.float64)), strict=True))
 
 
-def band(runs: Sequence[dict[str, list[float]]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error float64 [E] over runs, for each of E evaluations."""
-    found = [over_seeds(values) for values in zip(*(run[name] for run in runs), strict=True)]
-    return np.array([one["mean"] for one in found]), np.array([one["sem"] for one in found])
-
-
 def common_kl(runs: Sequence[dict[str, list[float]]]) -> float:
     """The largest KL that every run reached at some evaluation."""
     return min(max(run["kl"]) for run in runs)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.objectives_curves import band
+from alignment.report.bands import color_of, draw_band, draw_frontier
 from benchmarks.results import show_machine, show_table
 
-COLOURS = ("#1f6fb2", "#e08a1e", "#5b9a68", "#8d6cab", "#b5504f", "#6b7280")
 COLUMNS = {  # metric: heading
     "judge_reward": "judge's reward",
     "judge_gain": "its gain",
@@ -61,11 +60,11 @@ def draw(result: dict, path: Path) -> None:
     figure, ((reward, wins), (kl, frontier)) = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
     panels = ((reward, "judge_reward", "judge's reward"), (wins, "win_rate", "win rate against the initial policy"))
     for number, (name, found) in enumerate(result["objectives"].items()):
-        label, colour = f"{name}, {describe(found['best'])}", COLOURS[number % len(COLOURS)]
+        label, colour = f"{name}, {describe(found['best'])}", color_of(number)
         for axes, metric, title in (*panels, (kl, "kl", "KL to the initial policy, nats an answer")):
-            _draw_band(axes, found["runs"], metric, label, colour)
+            draw_band(axes, np.array(found["runs"][0]["time"]), _over_runs(found["runs"], metric), label, colour)
             axes.set(title=title, xlabel=result["unit"])
-        _draw_frontier(frontier, found["runs"], label, colour)
+        draw_frontier(frontier, *(_over_runs(found["runs"], name) for name in ("kl", "judge_reward")), label, colour)
     wins.axhline(0.5, color="#666666", linewidth=0.8, linestyle=":")
     frontier.axvline(result["equal_kl"], color="#666666", linewidth=0.8, linestyle="--", label="KL that all reach")
     frontier.set(title="judge's reward against KL", xlabel="KL, nats an answer", ylabel="judge's reward")
@@ -76,15 +75,6 @@ def draw(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_band(axes, runs: list[dict], metric: str, label: str, colour: str) -> None:
-    time, (mean, sem) = runs[0]["time"], band(runs, metric)
-    axes.plot(time, mean, color=colour, marker="o", markersize=4, label=label)
-    axes.fill_between(time, mean - sem, mean + sem, color=colour, alpha=0.2, linewidth=0)
-
-
-def _draw_frontier(axes, runs: list[dict], label: str, colour: str) -> None:
-    """The mean evaluations in order, and every seed's own as points."""
-    (kl, kl_sem), (reward, reward_sem) = band(runs, "kl"), band(runs, "judge_reward")
-    axes.errorbar(kl, reward, reward_sem, kl_sem, color=colour, marker="o", markersize=4, capsize=2, label=label)
-    points = np.array([(run["kl"], run["judge_reward"]) for run in runs])
-    axes.scatter(points[:, 0], points[:, 1], s=8, color=colour, alpha=0.4, linewidths=0)
+def _over_runs(runs: list[dict], name: str) -> np.ndarray:
+    """float64 [runs, evaluations]"""
+    return np.array([run[name] for run in runs], dtype=np.float64)
