@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alignment.runtime.whereabouts import in_phase
+
 _highest = 0.0  # GB, before the span that runs now
 _last_mark = 0.0  # GB: the resident memory's high-water mark at the end of the span before
-
-from alignment.runtime.whereabouts import in_phase
 
 
 class PhaseTimer:
