@@ -5,6 +5,9 @@ Importing the package sets environment variables that Paddle reads while it load
 
 from __future__ import annotations
 
-from alignment.runtime.bootstrap import prepare_environment
+from alignment.runtime.bootstrap import distrust_working_directory, prepare_environment
 
+__version__ = "0.1.0"
+
+distrust_working_directory()
 prepare_environment()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
 
 from alignment.runtime.bootstrap import configure_paddle
+from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import UsageError, run_main
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,7 +86,7 @@ def describe(model, output: Path, dtype: str) -> str:
 
 def main() -> None:
     """Parse the command line and export."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.export", description=__doc__)
+    parser = CommandParser(prog="python -m alignment.export", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or LoRA adapters of PaddleNLP")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="directory to create")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: as stored)")

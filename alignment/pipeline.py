@@ -11,6 +11,7 @@ import shlex
 import time
 from pathlib import Path
 
+from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import run_main
 from alignment.runtime.steps import CHECKOUT, Step, StepRunner, TrainingStep, shorten
 from alignment.runtime.termination import stoppable
@@ -20,7 +21,7 @@ RECORD = "pipeline.json"
 
 def main() -> None:
     """Run the pipeline that the command line describes; a failing step ends it with that step's exit status."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.pipeline", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m alignment.pipeline", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="directory below config/ with the argument files")
     parser.add_argument("--objective", default="ppo", choices=("ppo", "apa", "awr"), help="how the policy learns")
     parser.add_argument("--output_dir", default="runs/quickstart", help="a directory for each step is made in it")

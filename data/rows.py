@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import glob
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from data.columnar import check_arrow, check_parquet
 from data.errors import DataError
+from data.limits import DOCUMENT_BYTES, check_regular
 from data.raw import RawDataset, RawSample
+from data.text_tables import UNPACKING_FAULTS, check_csv_table, check_json_table
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """File suffix -> builder of the ``datasets`` package. A further ``.gz`` is allowed."""
+CHECKS = {"json": check_json_table, "csv": check_csv_table, "parquet": check_parquet}
+MEDIA = ("Image", "Audio", "Video", "Pdf")
+"""Columns of these kinds are left out: looking at one would open a file or an address that a row names."""
+
+
+class RowError(ValueError):
+    """A row that cannot be read; the data set adds which one."""
 
 
 class RowDataset(RawDataset):
@@ -34,7 +44,7 @@ class RowDataset(RawDataset):
         self.rows = read_hub(self) if path is None else read_path(self, path)
         self.kept: np.ndarray | None = None
         if type(self).is_usable is not RowDataset.is_usable:
-            usable = [self.is_usable(self.row(index)) for index in range(len(self.rows))]
+            usable = [self._guard(index, self.is_usable) for index in range(len(self.rows))]
             self.kept, self.skipped = np.flatnonzero(usable), usable.count(False)
             if usable and not any(usable):
                 source = self.path or self.HUB
@@ -62,7 +72,19 @@ class RowDataset(RawDataset):
         return row
 
     def __getitem__(self, index: int) -> RawSample:
-        return self.to_sample(self.row(self._place(index)))
+        return self._guard(self._place(index), self.to_sample)
+
+    def _guard(self, place: int, read: Callable[[Mapping[str, Any]], Any]) -> Any:
+        """``read`` of a row. Raises DataError, naming the row, where its cells are not of the types it needs."""
+        try:
+            return read(self.row(place))
+        except DataError:
+            raise
+        except RowError as error:
+            raise DataError(f"{self._at(place)}: {error}") from error
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(f"{self._at(place)}: a column is not of the type it should be ({reason:.200})") from error
 
     def __len__(self) -> int:
         return len(self.rows) if self.kept is None else len(self.kept)
@@ -82,7 +104,8 @@ def read_hub(dataset: RowDataset) -> Any:
     if dataset.HUB is None:
         raise DataError(f"dataset {dataset.NAME!r} needs a path: {dataset.NAME}:1.0:path")
     try:
-        return _load(dataset.HUB, split=dataset.SPLIT, **({"data_dir": dataset.FOLDER} if dataset.FOLDER else {}))
+        folder = {"data_dir": dataset.FOLDER} if dataset.FOLDER else {}
+        return _without_media(_load(dataset.HUB, split=dataset.SPLIT, **folder))
     except Exception as error:
         raise DataError(
             f"dataset {dataset.NAME!r}: the hub repository {dataset.HUB!r} cannot be read ({first_line(error)}); "
@@ -101,13 +124,30 @@ def read_path(dataset: RowDataset, path: str) -> Any:
     for file in files:
         if reader_of(file) is None:
             raise DataError(f"dataset {dataset.NAME!r}: file {file} is none of {', '.join(READERS)} (or .gz of one)")
-        if file.stat().st_size == 0:
+        if file.is_file() and file.stat().st_size == 0:
             raise DataError(f"dataset {dataset.NAME!r} is empty, file {file}")
+        _check(dataset, file, CHECKS[reader_of(file)])
     try:
-        return _load(reader_of(files[0]), data_files=[str(file) for file in files], split="train")
+        names = [glob.escape(str(file)) for file in files]
+        return _without_media(_load(reader_of(files[0]), data_files=names, split="train"))
     except Exception as error:
-        fault = next(filter(None, map(_json_fault, files)), None) or f"{path}: {first_line(error)}"
-        raise DataError(f"dataset {dataset.NAME!r} cannot be read, file {fault}") from error
+        raise DataError(f"dataset {dataset.NAME!r} cannot be read, file {path}: {first_line(error)}") from error
+
+
+def _check(dataset: RowDataset, file: Path, check: Callable[[Path], Any]) -> None:
+    import pyarrow as pa
+
+    try:
+        check(file)
+    except DataError as error:
+        raise DataError(f"dataset {dataset.NAME!r} cannot be read, file {error}") from None
+    except (*UNPACKING_FAULTS, pa.ArrowException, UnicodeError) as error:
+        raise DataError(f"dataset {dataset.NAME!r} cannot be read, file {file}: {first_line(error)}") from error
+
+
+def _without_media(rows: Any) -> Any:
+    media = [name for name, feature in rows.features.items() if any(kind in repr(feature) for kind in MEDIA)]
+    return rows.remove_columns(media) if media else rows
 
 
 def reader_of(file: Path) -> str | None:
@@ -125,11 +165,12 @@ def first_line(error: BaseException) -> str:
 
 def _load(*args: Any, **kwargs: Any) -> Any:
     import datasets
+    from datasets.load import load_dataset  # PaddleNLP replaces datasets.load_dataset by one that trusts every script
 
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(*args, **kwargs)
+        return load_dataset(*args, **kwargs, trust_remote_code=False)
     finally:
         if shown:
             datasets.enable_progress_bars()
@@ -138,6 +179,9 @@ def _load(*args: Any, **kwargs: Any) -> Any:
 def _read_saved(dataset: RowDataset, place: Path) -> Any:
     import datasets
 
+    for file in sorted(place.rglob("*")):
+        if file.suffix == ".arrow" or file.suffix == ".json":
+            _check(dataset, file, check_arrow if file.suffix == ".arrow" else _check_settings)
     try:
         saved = datasets.load_from_disk(str(place))
     except Exception as error:
@@ -146,8 +190,12 @@ def _read_saved(dataset: RowDataset, place: Path) -> Any:
         if dataset.SPLIT not in saved:
             splits = ", ".join(saved)
             raise DataError(f"dataset {dataset.NAME!r}: {place} has no split {dataset.SPLIT!r}, only {splits}")
-        return saved[dataset.SPLIT]
-    return saved
+        return _without_media(saved[dataset.SPLIT])
+    return _without_media(saved)
+
+
+def _check_settings(file: Path) -> None:
+    check_regular(file, DOCUMENT_BYTES)
 
 
 def _find_files(dataset: RowDataset, place: Path) -> list[Path]:
@@ -163,21 +211,3 @@ def _find_files(dataset: RowDataset, place: Path) -> list[Path]:
         found = "files of several kinds" if kinds else f"no {', '.join(READERS)} file"
         raise DataError(f"dataset {dataset.NAME!r}: directory {place} has {found}{wanted}")
     return files
-
-
-def _json_fault(file: Path) -> str | None:
-    """Where a JSON or JSON-lines file is broken, as 'file, line n: reason'; None if it parses."""
-    if reader_of(file) != "json" or file.suffix == ".gz":
-        return None
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        return f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
-    whole = text.lstrip().startswith("[")
-    for number, line in enumerate([text] if whole else text.splitlines(), start=1):
-        try:
-            if line.strip():
-                json.loads(line)
-        except json.JSONDecodeError as error:
-            return f"{file}, line {error.lineno if whole else number}: {error.msg}"
-    return None

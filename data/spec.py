@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import zlib
@@ -114,7 +115,10 @@ def _parse_pair(entry: Any) -> DatasetSpec:
         return _build(dataset, value, None)
     unknown = set(value) - {"proportion", "path"}
     if unknown:
-        raise DataError(f"dataset {dataset!r}: unknown key {sorted(unknown)[0]!r}; allowed: 'proportion', 'path'")
+        key = min(map(str, unknown))
+        near = difflib.get_close_matches(key, ("proportion", "path"), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise DataError(f"dataset {dataset!r}: unknown key {key!r}{hint}; allowed: 'proportion', 'path'")
     return _build(dataset, value.get("proportion", 1.0), value.get("path"))
 
 

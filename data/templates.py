@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from data.errors import DataError
+from data.template_process import TemplateError, render_apart
 
 Render = Callable[[list[dict[str, str]], Any], str]
 
@@ -68,8 +62,8 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
         raise DataError(f"prompt template 'chat': the tokenizer has no chat template; choose another one: {others}")
     special = {key: getattr(tokenizer, key, None) or "" for key in ("bos_token", "eos_token", "pad_token")}
     try:
-        return _compile(source).render(messages=messages, add_generation_prompt=True, tools=None, **special)
-    except jinja2.TemplateError as error:
+        return render_apart(source, {"messages": messages, "add_generation_prompt": True, "tools": None, **special})
+    except TemplateError as error:
         raise DataError(f"prompt template 'chat': the tokenizer's chat template fails: {error}") from error
 
 
@@ -89,33 +83,6 @@ def render_hh(messages: list[dict[str, str]], tokenizer: Any) -> str:
 def render_plain(messages: list[dict[str, str]], tokenizer: Any) -> str:
     """The turns themselves, one after another on their own lines."""
     return "\n".join(m["content"] for m in messages)
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks answers for training masks; here it only shows what it encloses."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=16)
-def _compile(source: str) -> jinja2.Template:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **kwargs)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment.from_string(source)
 
 
 register_template("chat", render_chat, add_special_tokens=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 from alignment.apo.round_metrics import Interval, Mean, common, mean_score, win_rate
 from alignment.apo.round_plots import draw_rounds
 from alignment.apo.round_report import REPORT, read_judged, show, title
+from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import UsageError, run_main
 from alignment.runtime.steps import write_text
 
 
 def main() -> None:
     """Compare the games that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.apo.compare", description=__doc__.split(": ", 1)[1])
+    parser = CommandParser(prog="python -m alignment.apo.compare", description=__doc__.split(": ", 1)[1])
     parser.add_argument("games", nargs="+", help="output_dir of run_apo.py, two or more; the first is the measure")
     parser.add_argument("--output_dir", default=".", help="where comparison.md and comparison.png are written")
     options = parser.parse_args()

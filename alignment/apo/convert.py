@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from alignment.apo.files import Placed, describe_counts, index_by_query, read_items, write_items
 from alignment.apo.queries import draw_number, load_queries
 from alignment.apo.schemas import GOLDEN, Comparison, Golden, Samples
+from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import UsageError, run_main
 from data import load_dataset_modules
 from data.builtin.apo import SEPARATOR
@@ -101,7 +101,7 @@ def _compare(item: Samples, best: str, answer: str) -> Comparison:
 
 def main() -> None:
     """Convert what the command line names; one line says what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.apo.convert", description=DESCRIPTION)
+    parser = CommandParser(prog="python -m alignment.apo.convert", description=DESCRIPTION)
     parser.add_argument(
         f"--{GOLDEN}",
         required=True,

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from alignment.apo.schemas import ANSWERS, Comparison, Golden, Item, Samples, Scores
 from alignment.runtime.faults import UsageError
+from data.errors import DataError
+from data.limits import ARRAY_BYTES, check_json, read_text, reason_of
 
 ItemType = TypeVar("ItemType", bound=Item | Scores)
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -99,9 +101,9 @@ def write_items(path: Path, items: Iterable[dict[str, Any]]) -> None:
 def _read_objects(path: Path) -> list[tuple[str, Any]]:
     """(where, JSON value) of every item."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a UTF-8 text file") from None
+        text = read_text(path, ARRAY_BYTES)
+    except DataError as fault:
+        raise UsageError(str(fault)) from None
     except OSError as fault:
         raise UsageError(f"{path}: {fault.strerror or fault}") from None
     decoder = json.JSONDecoder(object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
@@ -142,11 +144,13 @@ def _walk_array(decoder: json.JSONDecoder, text: str, path: Path) -> Iterator[tu
 
 def _decode(decoder: json.JSONDecoder, text: str, start: int, where: str) -> tuple[Any, int]:
     try:
-        return decoder.raw_decode(text, start)
+        value, end = decoder.raw_decode(text, start)
+        check_json(text[start:end], value)
     except json.JSONDecodeError as fault:
         raise UsageError(f"{where}: no JSON: {fault.msg} at {text[fault.pos : fault.pos + 20]!r}") from None
     except (ValueError, RecursionError) as fault:
-        raise UsageError(f"{where}: {fault}") from None
+        raise UsageError(f"{where}: {reason_of(fault)}") from None
+    return value, end
 
 
 def _skip(text: str, place: int) -> int:

@@ -6,10 +6,11 @@ the loopback interface it is required.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import hmac
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -20,11 +21,14 @@ import numpy as np
 
 from alignment.ppo.rewards.base import RewardBatch, RewardSource
 from alignment.ppo.rewards.function import FunctionReward
-from alignment.ppo.rewards.server import LOOPBACK, TOKEN_VARIABLE
+from alignment.ppo.rewards.server import LOOPBACK, REQUEST_BYTES, TOKEN_VARIABLE
+from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import RunError, UsageError, run_main
+from data.limits import parse_json, reason_of
 
 PATH = "/rewards"
-REQUEST_BYTES = 64 * 1024 * 1024
+REQUEST_SECONDS = 60.0  # for a whole request to arrive
+CONNECTIONS = 32  # at once; more are hung up on, and asked to come again
 
 
 class _Refused(Exception):
@@ -45,14 +49,29 @@ class RewardServer(ThreadingHTTPServer):
         if host not in LOOPBACK and not token:
             raise UsageError(f"host {host!r}: set {TOKEN_VARIABLE} to serve beyond the loopback interface")
         self.source, self.token, self.lock = source, token, threading.Lock()
+        self.places = threading.BoundedSemaphore(CONNECTIONS)
         try:
             super().__init__((host, port), _Handler)
-        except OSError as error:
-            raise UsageError(f"cannot serve on {host}:{port}: {error.strerror or error}") from error
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"cannot serve on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
 
     @property
     def url(self) -> str:
         return f"http://{self.server_address[0]}:{self.server_address[1]}{PATH}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """See socketserver: a thread for each connection, as long as there are not too many."""
+        if self.places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """See socketserver."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is its own affair: one line, no traceback."""
@@ -61,8 +80,22 @@ class RewardServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 60.0  # seconds a client may stay silent
+    timeout = REQUEST_SECONDS  # that a client may stay silent
     server: RewardServer
+
+    def handle_one_request(self) -> None:
+        """See BaseHTTPRequestHandler. A request that has not arrived in time, byte by byte perhaps, is cut off."""
+        self.arrival = threading.Timer(REQUEST_SECONDS, self._cut)
+        self.arrival.daemon = True
+        self.arrival.start()
+        try:
+            super().handle_one_request()
+        finally:
+            self.arrival.cancel()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_POST(self) -> None:
         """Score the batch in the request; the reply is {"rewards": [...]} or {"error": "..."} with its status."""
@@ -94,7 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(411, "Content-Length is needed")
         if int(length) > REQUEST_BYTES:
             raise _Refused(413, f"the request is longer than {REQUEST_BYTES} bytes")
-        return parse_request(self.rfile.read(int(length)))
+        body = self.rfile.read(int(length))
+        self.arrival.cancel()
+        if len(body) < int(length):
+            raise _Refused(400, "the request was cut short")
+        return parse_request(body)
 
     def _score(self, batch: RewardBatch) -> np.ndarray:
         if not len(batch):  # the client's start check
@@ -109,9 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
 def parse_request(body: bytes) -> RewardBatch:
     """JSON {"prompts", "responses"[, "finished"][, "samples"]} -> RewardBatch; refuses anything else with HTTP 400."""
     try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise _Refused(400, f"not JSON: {error}") from error
+        request = parse_json(body.decode())
+    except ValueError as error:
+        raise _Refused(400, f"not JSON: {reason_of(error)}") from error
     if not isinstance(request, dict):
         raise _Refused(400, "not a JSON object")
     responses = _column(request, "responses", str, None)
@@ -138,7 +175,7 @@ def _column(request: dict[str, Any], name: str, kind: type, default: list | None
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve the reward function that the command line names, until interrupted."""
-    parser = argparse.ArgumentParser(prog="alignment.ppo.reward_server", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="alignment.ppo.reward_server", description=__doc__.splitlines()[0])
     parser.add_argument("--reward_function", required=True, help="module:name or path/to/file.py:name")
     parser.add_argument("--host", default="127.0.0.1", help="interface to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8100, help="0 takes a free one (default: %(default)s)")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from alignment.report.render import write_page, write_report
+from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import run_main
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m alignment.report",
         description="Write a page about a run or a pipeline (report.html and report.md, into it), or one page that "
         "compares several (comparison.html, into the directory that they share).",

@@ -12,8 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from alignment.runtime.command_line import did_you_mean
+
 BOUND_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 UNUSED_GROUP = "Accepted from PaddleNLP, without effect"
+SECRET_ENDINGS = ("_token", "_api_key")
+HIDDEN = "***"
+LONGEST_SHOWN = 200  # characters of a value in a message
 
 
 def argument(
@@ -64,12 +69,17 @@ class Argument:
         """`value`, from JSON or as command-line text, in this argument's type. Raises ValueError: what is allowed."""
         mixes_bool = isinstance(value, bool) and not self.is_flag
         words = value.replace(",", " ").split() if isinstance(value, str) and self.is_list else value
+        shown = json.dumps(value, default=str)
+        if '\\u0000' in shown or '\\ud' in shown and not is_text(value):
+            raise ValueError(f"{shown:.{LONGEST_SHOWN}} is not allowed; it holds a character that is no text")
         try:
             if not mixes_bool:  # pydantic would take true for the number 1
                 return self._adapter.validate_python(words)
-        except ValidationError:
+        except (ValidationError, OverflowError):  # a whole number that is too long for a float
             pass
-        raise ValueError(f"{json.dumps(value, default=str)} is not allowed; it must be {self.describe_allowed()}")
+        given = words if isinstance(words, list) else [words]
+        near = did_you_mean(str(next((word for word in given if word not in self.choices), "")), self.choices)
+        raise ValueError(f"{shown:.{LONGEST_SHOWN}} is not allowed; it must be {self.describe_allowed()}{near}")
 
     def read_text(self, text: str) -> Any:
         """Command-line text as a value for `check`: JSON for lists and mappings; null or none where it is allowed."""
@@ -79,7 +89,11 @@ class Argument:
             try:
                 return json.loads(text)
             except json.JSONDecodeError as fault:
-                raise ValueError(f"{text} is not valid JSON: {fault.msg} at character {fault.pos + 1}") from None
+                raise ValueError(
+                    f"{text:.{LONGEST_SHOWN}} is not valid JSON: {fault.msg} at character {fault.pos + 1}"
+                ) from None
+            except RecursionError:
+                raise ValueError(f"{text:.{LONGEST_SHOWN}} is nested too deeply") from None
         return text
 
     @property
@@ -112,6 +126,20 @@ class Argument:
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         limits = " and ".join(f"{BOUND_SIGNS[key]} {bound}" for key, bound in self.bounds.items())
         return (names.get(kind, "a mapping") + (f" {limits}" if kind in (int, float) else "")).strip()
+
+
+def is_text(value: Any) -> bool:
+    """Whether all texts in a JSON value can be written as UTF-8, so hold no half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def hide_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, with secrets that are set replaced by HIDDEN."""
+    return {name: HIDDEN if value and name.endswith(SECRET_ENDINGS) else value for name, value in values.items()}
 
 
 def arguments_of(owner: type) -> list[Argument]:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from alignment.runtime.argument_fields import UNUSED_GROUP, Argument, arguments_of
+from alignment.runtime.argument_fields import (
+    HIDDEN,
+    SECRET_ENDINGS,
+    UNUSED_GROUP,
+    Argument,
+    arguments_of,
+    hide_secrets,
+)
+from alignment.runtime.command_line import CommandParser, did_you_mean
 from alignment.runtime.faults import UsageError
+from alignment.runtime.metrics import is_main_process
+from alignment.runtime.paddlenlp_keys import NOTES
+from data.errors import DataError
+from data.limits import parse_json, read_text, reason_of
+
+PRINT = "print_config"  # an option of every command that takes arguments, but no key: it stands in no file
 
 
 def parse(argv: Sequence[str], groups: Sequence[type], program: str | None = None) -> tuple[Any, ...]:
@@ -31,9 +43,13 @@ def instances(values: dict[str, Any], groups: Sequence[type]) -> tuple[Any, ...]
 
 
 def resolve(argv: Sequence[str], groups: Sequence[type], program: str | None = None) -> dict[str, Any]:
-    """As `parse`, but the checked values of all arguments by name, defaults included; independent of this machine."""
+    """As `parse`, but the checked values of all arguments by name, defaults included; independent of this machine.
+
+    With --print_config they are printed, and the program ends as after --help.
+    """
     known = {argument.name: argument for group in groups for argument in arguments_of(group)}
     given = _read_sources(list(argv), known, groups, program)
+    printing = given.pop(PRINT, None)
     values: dict[str, Any] = {}
     for name, argument in known.items():
         if name in given:
@@ -48,7 +64,17 @@ def resolve(argv: Sequence[str], groups: Sequence[type], program: str | None = N
             group.validate(values)
     idle = [n for n in given if n in known and known[n].group == UNUSED_GROUP and values[n] != known[n].default]
     _notify_without_effect(idle + [name for name in given if name not in known])
+    if printing:
+        _print_config(values, known)
+        raise SystemExit(0)
     return values
+
+
+def _print_config(values: dict[str, Any], known: dict[str, Argument]) -> None:
+    """All arguments that have an effect, as an argument file holds them; secrets hidden. On rank 0."""
+    shown = hide_secrets({name: value for name, value in values.items() if known[name].group != UNUSED_GROUP})
+    if is_main_process():
+        print(json.dumps(shown, indent=2, default=lambda member: member.value))
 
 
 def _check(argument: Argument, value: Any, source: str) -> Any:
@@ -69,8 +95,9 @@ def _read_sources(
     pairs = [(f'{file}: "{key}"', key, value) for key, value in (read_json_object(file) if file else {}).items()]
     _collect(pairs, names, given)
     overrides: dict[str, tuple[str, Any]] = {}
-    _collect(_read_command_line(argv, known, names, program), names, overrides)
-    return given | overrides
+    _collect(_read_command_line(argv, known, names, program), names | {PRINT: PRINT}, overrides)
+    given |= overrides
+    return {name: pair for name, pair in given.items() if not (name.endswith(SECRET_ENDINGS) and pair[1] == HIDDEN)}
 
 
 def _collect(pairs: list[tuple[str, str, Any]], names: dict[str, str], given: dict[str, tuple[str, Any]]) -> None:
@@ -83,23 +110,22 @@ def _collect(pairs: list[tuple[str, str, Any]], names: dict[str, str], given: di
 
 
 def _suggest(key: str, names: dict[str, str]) -> str:
-    near = difflib.get_close_matches(key, names, n=1)
-    return f' (did you mean "{near[0]}"?)' if near else "; --help lists the keys"
+    return did_you_mean(key, names, "--help lists the keys")
 
 
 def read_json_object(file: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UsageError naming file, line and column."""
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
+        text = read_text(Path(file))
+        content = parse_json(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
     except json.JSONDecodeError as fault:
         raise UsageError(f"{file}: line {fault.lineno}, column {fault.colno}: {fault.msg}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{file}: not a UTF-8 text file") from None
+    except DataError as fault:
+        raise UsageError(str(fault)) from None
     except OSError as fault:
         raise UsageError(f"{file}: {fault.strerror or fault}") from None
-    except (ValueError, RecursionError) as fault:
-        raise UsageError(f"{file}: {fault}") from None
+    except ValueError as fault:
+        raise UsageError(f"{file}: {reason_of(fault)}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{file}: must hold one JSON object of arguments, not {type(content).__name__}")
     return content
@@ -118,15 +144,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(f"command line: {message}")
-
-
 def _read_command_line(
     argv: list[str], known: dict[str, Argument], names: dict[str, str], program: str | None
 ) -> list[tuple[str, str, Any]]:
     parser = build_parser(known, program)
+    parser.add_argument(
+        f"--{PRINT}", action="store_true", help="Print the resolved arguments as a JSON file holds them, and leave."
+    )
     for name in names.keys() - known.keys():
         if names[name] == name:
             parser.add_argument(
@@ -137,8 +161,8 @@ def _read_command_line(
         if not text.startswith("--"):
             raise UsageError(f"command line: unexpected {text!r}; the JSON file comes first, then --key value")
         key = text[2:].partition("=")[0]
-        raise UsageError(f"command line: --{key}: unknown key{_suggest(key, names)}")
-    pairs = []
+        raise UsageError(f"command line: --{key}: unknown key{_suggest(key, names | {PRINT: PRINT})}")
+    pairs = [("", PRINT, True)] if vars(parsed).pop(PRINT, False) else []
     for name, raw in vars(parsed).items():
         source = f"command line: --{name}"
         pairs.append((source, name, _read_text(known[name], raw, source) if name in known else raw))
@@ -157,12 +181,11 @@ def _read_text(argument: Argument, raw: str | list[str], source: str) -> Any:
 def build_parser(known: dict[str, Argument], program: str | None = None) -> argparse.ArgumentParser:
     """The command line's grammar and --help: our groups in order; names only for what has no effect."""
     idle = [name for name, argument in known.items() if argument.group == UNUSED_GROUP]
-    parser = _Parser(
+    parser = CommandParser(
         prog=program,
         usage="%(prog)s [config.json] [--key value ...]",
         description="Arguments come from the JSON file; --key value overrides a key.",
         epilog=f"{UNUSED_GROUP}: {', '.join(idle)}" if idle else None,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     headings: dict[str, Any] = {}
@@ -185,5 +208,9 @@ def _help_line(argument: Argument) -> str:
 
 
 def _notify_without_effect(names: list[str]) -> None:
-    if names and int(os.environ.get("PADDLE_TRAINER_ID") or 0) == 0:
-        print(f"notice: accepted, without effect here: {', '.join(sorted(names))}", file=sys.stderr, flush=True)
+    if not is_main_process():
+        return
+    noted = sorted(name for name in names if name in NOTES)
+    others = ", ".join(sorted(name for name in names if name not in NOTES))
+    for line in [f"{name}: {NOTES[name]}" for name in noted] + [others] * bool(others):
+        print(f"notice: accepted, without effect here: {line}", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import glob
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -79,6 +80,15 @@ def prepare_environment() -> None:
         os.environ.setdefault("GLOG_minloglevel", "2")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _ignore_third_party_warnings()
+
+
+def distrust_working_directory() -> None:
+    """Where ``python -m`` runs a module of this package, look for modules in the working directory last, not first.
+
+    A folder with a downloaded model or data set in it may also hold a file that is named like a module.
+    """
+    if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()] and not os.path.isdir("alignment/runtime"):
+        sys.path.append(sys.path.pop(0))
 
 
 def configure_paddle(device: str = "auto", debug: bool = False) -> str:

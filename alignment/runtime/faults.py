@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ USAGE_STATUS = 2
 RUN_STATUS = 1
 INTERRUPT_STATUS = 130
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+PIPE_STATUS = 141  # as the shell reports a process that SIGPIPE ended
 PEER_GRACE_SECONDS = 20.0
 _LOST_PEER_TEXT = re.compile(r"gloo/transport/|store/tcp_")  # the source file in the message of Paddle's C++ side
 
@@ -42,7 +45,10 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     """
     try:
         main()
+        sys.stdout.flush()
         status = 0
+    except SystemExit as end:  # --help and its like
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         _say("interrupted")
         status = INTERRUPT_STATUS
@@ -58,6 +64,8 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except MemoryError as fault:
         status = _report(fault, "out of memory: use a smaller batch, shorter answers or a smaller model", RUN_STATUS)
     except Exception as fault:
+        if isinstance(fault, BrokenPipeError) and _reader_has_left():
+            _leave(PIPE_STATUS)
         if isinstance(fault, LostPeer) or (process_count() > 1 and _LOST_PEER_TEXT.search(str(fault))):
             here.lost = True  # the watch-dog may know whom
             _wait_for_launcher(RUN_STATUS)
@@ -97,7 +105,18 @@ def process_number() -> int:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _reader_has_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, such as that to a `head` that has seen enough."""
+    try:
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in watched.poll(0))
+    except (OSError, ValueError):  # no file: closed, or replaced by an object
+        return False
 
 
 def _leave(status: int) -> NoReturn:
@@ -106,8 +125,12 @@ def _leave(status: int) -> NoReturn:
     Under the launcher at once: Python's normal exit would wait for communication threads while other ranks may sit in
     a collective, and their C++ destructors, run in any order, have been seen to abort a process that had finished.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # Python would try once more at its end, and complain
+            status = status or PIPE_STATUS
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if process_count() > 1:
         os._exit(status)
     sys.exit(status)

@@ -14,11 +14,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from alignment.runtime.argument_fields import UNUSED_GROUP, Argument, arguments_of
+from alignment import __version__
+from alignment.runtime.argument_fields import (
+    HIDDEN,
+    SECRET_ENDINGS,
+    UNUSED_GROUP,
+    Argument,
+    arguments_of,
+    hide_secrets,
+)
 from alignment.runtime.metrics import is_main_process
 
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "datasets", "safetensors", "tokenizers")
-SECRET_ENDINGS = ("_token", "_api_key")
 
 
 def write_run_record(output_dir: str | Path, stage: str, arguments: Sequence[Any]) -> None:
@@ -47,7 +54,7 @@ def resolved_arguments(arguments: Sequence[Any]) -> dict[str, Any]:
         for argument in arguments_of(type(group)):
             if argument.group != UNUSED_GROUP:
                 values[argument.name] = _plain(argument, getattr(group, argument.name))
-    return {name: "***" if value and name.endswith(SECRET_ENDINGS) else value for name, value in values.items()}
+    return hide_secrets(values)
 
 
 def _plain(argument: Argument, value: Any) -> Any:
@@ -59,12 +66,12 @@ def _plain(argument: Argument, value: Any) -> Any:
 def _hide_secret(word: str, before: str) -> str:
     key, sign, _ = word.partition("=")
     if sign and key.endswith(SECRET_ENDINGS):
-        return f"{key}=***"
-    return "***" if before.startswith("--") and before.endswith(SECRET_ENDINGS) else word
+        return f"{key}={HIDDEN}"
+    return HIDDEN if before.startswith("--") and before.endswith(SECRET_ENDINGS) else word
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "paddle-alignment": _version("paddle-alignment")}
+    found = {"python": platform.python_version(), "paddle-alignment": __version__}
     found |= {package: _version(package) for package in PACKAGES}
     return {name: version for name, version in found.items() if version}
 

@@ -18,6 +18,7 @@ from alignment.parallel.watchdog import start_watchdog
 from alignment.ppo.models.lora import TARGETS as LORA_TARGETS
 from alignment.runtime.argument_fields import argument
 from alignment.runtime.bootstrap import configure_paddle
+from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError, process_count
 from alignment.runtime.writers import check_installed
 
@@ -34,7 +35,7 @@ UNBUILT_DEGREES = (
 class StageArguments(TrainingArguments):
     """PaddleNLP's TrainingArguments for one stage; creating it sets the device and joins the launcher's processes.
 
-    Raises UsageError where PaddleNLP refuses a value, and for 16-bit training without a GPU.
+    Without a GPU bf16 becomes False, with a notice. Raises UsageError where PaddleNLP refuses a value.
     """
 
     INHERITED: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -110,7 +111,7 @@ class StageArguments(TrainingArguments):
         "adam_epsilon": {"gt": 0},
         "max_grad_norm": {"ge": 0, "help": "Gradients are scaled down to this norm; 0 turns clipping off."},
         "num_train_epochs": {"gt": 0, "help": "Passes over the training data; max_steps replaces it."},
-        "bf16": {"help": "Train in bfloat16; needs a GPU."},
+        "bf16": {"help": "Train in bfloat16; without a GPU, in float32."},
         "fp16": {"help": "Not available yet (it needs loss scaling); use bf16."},
         "fp16_opt_level": {"choices": ("O1", "O2"), "help": "16-bit training: O2 also keeps the weights in 16 bits."},
         "recompute": {"help": "Compute activations again in the backward pass to save memory."},
@@ -135,7 +136,10 @@ class StageArguments(TrainingArguments):
         # keys of PaddleNLP's own argument files that are no fields of its TrainingArguments
         "use_flash_attention dataset_name_or_path task_name eval_with_do_generation save_generation_output lazy "
         "recompute_granularity recompute_use_reentrant tensor_parallel_output autotuner_benchmark benchmark "
-        "use_fused_head_and_loss_fn fused_linear use_attn_mask_start_row_indices tokenizer_name_or_path".split()
+        "use_fused_head_and_loss_fn fused_linear use_attn_mask_start_row_indices tokenizer_name_or_path "
+        "min_learning_rate critic_min_learning_rate decay_steps critic_decay_steps critic_recompute_granularity "
+        "kl_loss_coeff use_tgt_len_value per_device_rollout_batch_size eos_token use_rm_server chat_template stage "
+        "actor_tokenizer_alpha reward_tokenizer_alpha reward_critic_tokenizer_alpha".split()
     )
 
     data_seed: int | None = argument(
@@ -232,7 +236,8 @@ class StageArguments(TrainingArguments):
         self.logging_dir = self.logging_dir or str(Path(self.output_dir) / "runs")
         device = configure_paddle(self.device, debug=log_level == "debug")
         if device == "cpu" and self.bf16:
-            raise UsageError('"bf16": true needs a GPU: Paddle has no 16-bit kernels for the CPU; set it to false')
+            self.bf16 = False
+            say('notice: "bf16": true needs a GPU; on this CPU everything is computed in float32')
         self.device = device.split(":")[0]
         # PaddleNLP joins the launcher's processes here, and Paddle writes a banner of flags to stderr while it does
         quiet = contextlib.nullcontext() if log_level == "debug" else contextlib.redirect_stderr(io.StringIO())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.errors import DataError
 from data.raw import RawSample
-from data.rows import RowDataset
+from data.rows import RowDataset, RowError
 from data.transcripts import parse_pair, parse_transcript
 
 FLAGS = ("better", "safer", "is_safe", "is_other_safe")
@@ -24,12 +23,6 @@ class LocalDataset(RowDataset):
     """Rows in any layout of :data:`LAYOUTS`; each row is recognised by its columns."""
 
     NAME = "local"
-
-    def __getitem__(self, index: int) -> RawSample:
-        try:
-            return super().__getitem__(index)
-        except _RowError as error:
-            raise DataError(f"{self.describe(index)}: {error}") from error
 
     def to_sample(self, row: Mapping[str, Any]) -> RawSample:
         """By the columns that are there: messages, a pair of answers, or the fields of RawSample (docs/data.md)."""
@@ -53,11 +46,7 @@ class LocalDataset(RowDataset):
             if (name := next((name for name in ANSWERS if name in row), None)) is not None:
                 sample["answer"] = row[name]
             return sample
-        raise _RowError(f"columns {', '.join(row) or '(none)'} are in no known layout; known: {LAYOUTS}")
-
-
-class _RowError(ValueError):
-    """A row that cannot be read; the data set adds which one."""
+        raise RowError(f"columns {', '.join(row) or '(none)'} are in no known layout; known: {LAYOUTS}")
 
 
 def read_flag(key: str, value: Any) -> Any:
@@ -68,7 +57,7 @@ def read_flag(key: str, value: Any) -> Any:
 def read_messages(messages: Any) -> RawSample:
     """A list of {"role", "content"} (or {"from", "value"}) messages; without a last answer it is a prompt."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) for m in messages):
-        raise _RowError("'messages' must be a list of {role, content} objects")
+        raise RowError("'messages' must be a list of {role, content} objects")
     pairs = [(str(m.get("role", m.get("from"))), m.get("content", m.get("value"))) for m in messages]
     sample = RawSample()
     if pairs[0][0] == "system":
@@ -77,7 +66,7 @@ def read_messages(messages: Any) -> RawSample:
     roles = [ROLES.get(role) for role, _ in pairs]
     if not turns or roles != [place % 2 for place in range(len(roles))] or not all(isinstance(t, str) for t in turns):
         got = ", ".join(role for role, _ in pairs)
-        raise _RowError(f"'messages' must alternate user and assistant texts, starting with the user; roles: {got}")
+        raise RowError(f"'messages' must alternate user and assistant texts, starting with the user; roles: {got}")
     if len(turns) % 2:
         sample["input"] = turns
     else:
@@ -90,7 +79,7 @@ def read_prompt(prompt: Any) -> RawSample:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
         sample = read_messages(prompt)
         if "dialogue" in sample:
-            raise _RowError("'prompt' must end with a user message")
+            raise RowError("'prompt' must end with a user message")
         return sample
     turns = parse_transcript(prompt) if isinstance(prompt, str) else None
     if turns is not None and len(turns) % 2 == 0 and turns[-1] == "":
@@ -108,7 +97,7 @@ def read_pair(row: Mapping[str, Any]) -> RawSample:
     else:
         pair = parse_pair(chosen, rejected)
         if pair is None:
-            raise _RowError("'chosen' and 'rejected' are no transcripts that differ in the last answer only")
+            raise RowError("'chosen' and 'rejected' are no transcripts that differ in the last answer only")
         turns, chosen, rejected = pair
         sample = RawSample(input=turns)
     sample["answer"], sample["other_answer"], sample["better"] = chosen, rejected, True
@@ -123,7 +112,7 @@ def read_message_pair(row: Mapping[str, Any]) -> RawSample:
     first, second = read_messages(chosen), read_messages(rejected)
     turns, others = first.get("dialogue"), second.get("dialogue")
     if turns is None or others is None or turns[:-1] != others[:-1]:
-        raise _RowError("'chosen' and 'rejected' are no message lists that differ in the last answer only")
+        raise RowError("'chosen' and 'rejected' are no message lists that differ in the last answer only")
     sample = RawSample(input=turns[:-1], answer=turns[-1], other_answer=others[-1], better=True)
     if "system" in first:
         sample["system"] = first["system"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from data import DataError, PromptOnlyDataset, RawDataset, get_template, register_template
+from data import DataError, PromptOnlyDataset, RawDataset, get_template, register_template, template_process
 from data import templates as template_module
 
 TURNS = ["Hi", "Hello!", "Why?"]
@@ -48,6 +50,61 @@ def test_chat_template_runs_in_a_sandbox(tokenizer):
     tokenizer.chat_template = "{{ messages.append(1) }}"
     with pytest.raises(DataError, match="chat template fails"):
         get_template("chat").prompt(TURNS, tokenizer)
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 99999999 ** 99999999 }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+        "{{ 'x' * 9999999999 }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ 'x'.center(9999999999) }}",
+        "{% set s = namespace(t='x') %}{% for a in range(60) %}{% set s.t = s.t + s.t %}{% endfor %}{{ s.t }}",
+    ],
+)
+def test_chat_template_that_would_never_end(source, tokenizer):
+    tokenizer.chat_template = source
+    with pytest.raises(DataError, match="chat template fails") as fault:
+        get_template("chat").prompt(TURNS, tokenizer)
+    assert "\n" not in str(fault.value)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert get_template("chat").prompt(TURNS, tokenizer) == "Hi"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ '{0.__class__.__mro__}'.format('') }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}{{ os.getcwd() }}",
+        "{{ strftime_now.__globals__ }}",
+    ],
+)
+def test_chat_template_that_reaches_for_python(source, tokenizer):
+    """It fails, or reads nothing."""
+    tokenizer.chat_template = source
+    try:
+        assert get_template("chat").prompt(TURNS, tokenizer) == ""
+    except DataError as fault:
+        assert "chat template fails" in str(fault)
+
+
+def test_a_child_process_renders_by_itself(tokenizer):
+    """After a fork both would write to one renderer otherwise, and read each other's texts."""
+    get_template("chat").prompt(TURNS, tokenizer)
+    before = template_process._renderer.process.pid
+    child = os.fork()
+    if child == 0:
+        text = get_template("chat").prompt(["child"], tokenizer)
+        os._exit(0 if "child" in text and template_process._renderer.process.pid != before else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert "Why?" in get_template("chat").prompt(TURNS, tokenizer)
+    assert template_process._renderer.process.pid == before
 
 
 def test_pku(tokenizer):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import requests
 
+from alignment.ppo import reward_server
 from alignment.ppo.reward_server import RewardServer
 from alignment.ppo.rewards import TOKEN_VARIABLE, FunctionReward, RewardBatch, ServerReward, WeightedRewards, server
 from alignment.runtime.faults import RunError, UsageError
@@ -68,6 +71,10 @@ class MisbehavingHandler(BaseHTTPRequestHandler):
             self.server.released.wait(30)
         elif behaviour == "cut":
             self.reply(200, good[:5], length=len(good))
+        elif behaviour == "header":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            while not self.server.released.wait(0.02):
+                self.wfile.write(b"X: y\r\n"[: 1 + len(self.server.requests) % 2])
         elif behaviour == "trickle":
             self.reply(200, b" ", length=1000)
             while not self.server.released.wait(0.05):
@@ -109,7 +116,10 @@ def test_server_reward_sends_everything_and_reads_the_rewards():
     }
 
 
-@pytest.mark.parametrize("fault", ["hang", "drop", "cut", "trickle", 500, 503, 429])
+@pytest.mark.parametrize(
+    "fault",
+    ["hang", "drop", "cut", "trickle", "header", 500, 503, 429, 302, b"<html>", b'{"rewards": [1]}'],
+)
 def test_passing_fault_is_retried(fault):
     with serving(Misbehaving(fault, fault, "good")) as http_server:
         assert ServerReward(http_server.url, timeout=0.3, retries=2)(make_batch()).tolist() == [5, 1, 5, 3]
@@ -119,39 +129,89 @@ def test_passing_fault_is_retried(fault):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("hang", "failed 2 times, last: no answer within 0.2 s"),
+        ("hang", "failed 2 times, last: no complete reply within 0.2 s"),
         ("drop", "failed 2 times, last: RemoteDisconnected"),
         ("cut", "failed 2 times, last: IncompleteRead"),
-        ("trickle", "failed 2 times, last: the reply was not complete after 0.2 s"),
+        ("trickle", "failed 2 times, last: no complete reply within 0.2 s"),
+        ("header", "failed 2 times, last: no complete reply within 0.2 s"),
         (500, "failed 2 times, last: HTTP 500: out of memory"),
+        (302, "failed 2 times, last: HTTP 302"),
+        (b"<html>busy</html>", "failed 2 times, last: the reply is not JSON: '<html>busy"),
+        (b"\xff\xfe", "the reply is not JSON"),
+        (b"[" * 20_000, "the reply is not JSON"),
+        (b'{"rewards": [1' + b"0" * 10_000 + b"]}", "the reply is not JSON"),
+        (b"[1, 2, 3, 4]", 'no "rewards"'),
+        (b'{"rewards": 1}', "it returned int, not a sequence of 4 numbers"),
+        (b'{"rewards": [1, 2, 3]}', "it returned 3 rewards for 4 responses"),
+        (b'{"rewards": [1, NaN, 3, 4]}', "it returned nan for response 1"),
+        (b'{"rewards": [1, 2, null, 4]}', "it returned None for response 2"),
+        (b'{"rewards": [1, 2, 3, 4]' + b" " * 100_000 + b"}", "the reply is longer than 66560 bytes"),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_lasting_fault_ends_the_run(fault, message):
     with serving(Misbehaving(fault)) as http_server, pytest.raises(RunError, match=message) as error:
         ServerReward(http_server.url, timeout=0.2, retries=1)(make_batch())
-    assert http_server.url in str(error.value) and len(http_server.requests) == 2
+    assert http_server.url in str(error.value) and len(http_server.requests) == 2 and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (404, "HTTP 404: out of memory"),
-        (302, "HTTP 302"),
-        (b"<html>busy</html>", "the reply is not JSON: '<html>busy"),
-        (b"\xff\xfe", "the reply is not JSON"),
-        (b"[" * 20_000, "the reply is not JSON"),
-        (b"[1, 2, 3, 4]", 'no "rewards"'),
-        (b'{"rewards": 1}', "returned int, not a sequence of 4 numbers"),
-        (b'{"rewards": [1, 2, 3]}', "returned 3 rewards for 4 responses"),
-        (b'{"rewards": [1, NaN, 3, 4]}', "returned nan for response 1"),
-        (b'{"rewards": [1, 2, null, 4]}', "returned None for response 2"),
-        (b'{"rewards": [1, 2, 3, 4]' + b" " * 100_000 + b"}", "the reply is longer than 66560 bytes"),
-    ],
-)
-def test_wrong_reply_ends_the_run_at_once(fault, message):
-    with serving(Misbehaving(fault)) as http_server, pytest.raises(RunError, match=message) as error:
+def test_status_that_calls_the_request_wrong_ends_the_run_at_once():
+    with serving(Misbehaving(404)) as http_server, pytest.raises(RunError, match="HTTP 404: out of memory"):
         ServerReward(http_server.url, timeout=5, retries=3)(make_batch())
-    assert len(http_server.requests) == 1 and "\n" not in str(error.value)
+    assert len(http_server.requests) == 1
+
+
+def test_time_limit_holds_for_a_connection_that_is_used_again():
+    with serving(RewardServer(Constant(1.0))) as http_server:
+        source = ServerReward(http_server.url, timeout=0.3, retries=0)
+        source.check()
+        http_server.source = lambda batch: time.sleep(1) or np.zeros(len(batch))
+        with pytest.raises(RunError, match="no complete reply within 0.3 s"):
+            source(make_batch())
+
+
+def test_long_batch_is_sent_in_parts(monkeypatch):
+    batch = make_batch()
+    with serving(Misbehaving("good")) as http_server:
+        monkeypatch.setattr(server, "REQUEST_BYTES", len(server._encode(batch)) // 2)
+        assert ServerReward(http_server.url)(batch).tolist() == [5, 1, 5, 3]
+        assert sum((body["responses"] for _, body in http_server.requests), []) == batch.responses
+        monkeypatch.setattr(server, "REQUEST_BYTES", 20)
+        with pytest.raises(RunError, match="one answer takes .* bytes, more than 20"):
+            ServerReward(http_server.url)(batch)
+
+
+def exchange(http_server, *pieces, pause=0.0):
+    """What the server sends back on one connection until it closes it."""
+    with socket.create_connection(http_server.server_address[:2], timeout=20) as connection:
+        with contextlib.suppress(OSError):  # the server may hang up first
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while block := connection.recv(4096):
+                received += block
+    return received
+
+
+def test_reward_server_cuts_off_what_arrives_too_slowly(monkeypatch):
+    monkeypatch.setattr(reward_server, "REQUEST_SECONDS", 0.3)
+    head = b"POST /rewards HTTP/1.1\r\nContent-Type: application/json\r\n"
+    with serving(RewardServer(Constant(1.0))) as http_server:
+        assert exchange(http_server, *[head[place : place + 1] for place in range(40)], pause=0.05) == b""
+        assert exchange(http_server, head + b"Content-Length: 9\r\n\r\n", *[b" "] * 8, pause=0.1) == b""
+        ServerReward(http_server.url).check()
+
+
+def test_reward_server_takes_so_many_connections_at_once(monkeypatch):
+    monkeypatch.setattr(reward_server, "CONNECTIONS", 2)
+    with serving(RewardServer(Constant(1.0))) as http_server:
+        held = [socket.create_connection(http_server.server_address[:2]) for _ in range(2)]
+        assert exchange(http_server) == b""
+        for connection in held:
+            connection.close()
+        assert ServerReward(http_server.url, retries=5)(make_batch()).tolist() == [1] * 4
 
 
 def test_server_that_comes_back_is_found(monkeypatch):
@@ -213,12 +273,15 @@ def test_start_check_passes_only_with_the_token(monkeypatch):
         ("/rewards", {"Content-Type": "text/plain"}, b"{}", 415),
         ("/rewards", {"Content-Length": "999999999999"}, b"", 413),
         ("/rewards", {}, b"{", 400),
+        ("/rewards", {}, b"[" * 9999, 400),
+        ("/rewards", {}, b'{"prompts": ["\\ud800"], "responses": ["r"]}', 400),
         ("/rewards", {}, b"[]", 400),
         ("/rewards", {}, b'{"prompts": ["p"], "responses": "r"}', 400),
         ("/rewards", {}, b'{"prompts": ["p"], "responses": []}', 400),
         ("/rewards", {}, b'{"prompts": ["p"], "responses": ["r"], "samples": [1]}', 400),
         ("/rewards", {}, b'{"prompts": ["p"], "responses": ["r"]}', 200),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_reward_server_refuses_bad_requests(path, headers, body, status):
     with serving(RewardServer(Constant(1.0))) as http_server:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from alignment.apo.files import describe_counts, read_items, write_items
 from alignment.apo.schemas import Samples, Scores
 from alignment.apo.selection import MODES, read_scores, select
+from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import run_main
 
 DESCRIPTION = "Writes, of scored samples, what a policy learns from."
@@ -18,7 +18,7 @@ DESCRIPTION = "Writes, of scored samples, what a policy learns from."
 
 def main() -> None:
     """Select from what the command line names; one line says what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.apo.select", description=DESCRIPTION)
+    parser = CommandParser(prog="python -m alignment.apo.select", description=DESCRIPTION)
     parser.add_argument("--samples", required=True, help="file of a policy's answers")
     parser.add_argument("--scores", required=True, help="file of their scores")
     parser.add_argument("--output", required=True, help="file to write: .json or .jsonl")

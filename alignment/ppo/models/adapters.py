@@ -1,14 +1,14 @@
 """Directories of LoRA adapters in PaddleNLP's form.
 
-Those that PaddleNLP trained are read without executing a pickle and merged into the weights they adapt. Ours stand in
-a checkpoint's sub-directory ``adapters``, score head included: resuming reads them, exact as they are, and so does a
-run that has the same base in memory. ``lora_config.json`` says which base that is by the SHA-256 of its weight files.
+Those that PaddleNLP trained are read without executing their pickle and merged into the weights they adapt. Ours
+stand in a checkpoint's sub-directory ``adapters``, score head included: resuming reads them, exact as they are, and
+so does a run that has the same base in memory. ``lora_config.json`` says which base that is by the SHA-256 of its
+weight files.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from paddlenlp.peft import LoRAConfig, LoRAModel
 from alignment.ppo.models.config import read_json
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.lora import LoRASettings, adapter_parameters
+from alignment.ppo.models.pickled_arrays import read_pickled_arrays
 from alignment.ppo.models.placement import merged, names_of_all_layers, own_slice, split_axis
 from alignment.ppo.models.weights import AdapterFiles, add_weights, is_writer
 from alignment.runtime.faults import UsageError
@@ -148,11 +149,8 @@ def read_adapters(directory: Path) -> dict[str, np.ndarray]:
         files = AdapterFiles(directory)
         return {name: files.read(name).astype("float32").numpy() for name in files.names()}
     try:
-        with open(directory / PICKLED, "rb") as file:
-            content = _ArrayUnpickler(file).load()
-        names = [name for name in content if name != "StructuredToParameterName@@"]
-        return {name: _as_float32(content[name]) for name in names}
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return {name: _as_float32(value) for name, value in read_pickled_arrays(directory / PICKLED).items()}
+    except ValueError as error:
         raise UsageError(f"{directory / PICKLED}: not a readable file of adapter weights ({error})") from None
 
 
@@ -160,15 +158,3 @@ def _as_float32(value: np.ndarray) -> np.ndarray:
     if value.dtype == np.uint16:  # Paddle's way to store bfloat16
         return (value.astype(np.uint32) << 16).view(np.float32)
     return value.astype(np.float32)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds dictionaries of NumPy arrays and nothing else: no other class or function of the file is called."""
-
-    _ALLOWED = {("collections", "OrderedDict"), ("numpy", "ndarray"), ("numpy", "dtype")}
-    _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
-
-    def find_class(self, module: str, name: str):
-        if (module, name) in self._ALLOWED or (module in self._MODULES and name == "_reconstruct"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it calls {module}.{name}")

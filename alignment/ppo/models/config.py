@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from paddlenlp.transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from alignment.ppo.models.pooling import POOLING_TYPES
 from alignment.runtime.faults import UsageError
+from data.errors import DataError
+from data.limits import parse_json, read_text
 
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 SCORE_ARCHITECTURE = {"llama": "LlamaForScore", "qwen2": "Qwen2ForScore"}
@@ -34,6 +35,7 @@ _SAVED = (
     "pad_token_id",
 )
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LONGEST = 1 << 24  # positions; tables of all of them are made
 _KERNELS = (
     "use_flash_attention",
     "use_flash_attention_for_generation",
@@ -70,9 +72,11 @@ def read_config(directory: Path) -> PretrainedConfig:
 def read_json(path: Path) -> dict:
     """A JSON object, or a UsageError that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
     except FileNotFoundError:
         raise UsageError(f"{path.parent}: no {path.name}") from None
+    except DataError as error:
+        raise UsageError(str(error)) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
@@ -95,8 +99,11 @@ def check_supported(fields: dict, path: Path) -> None:
     """Refuse a config without sizes, and settings that PaddleNLP ignores, with the setting's name and value."""
     family = fields["model_type"]
     for name in _SIZES:
-        if not isinstance(fields.get(name), int):
-            raise UsageError(f"{path}: {name} = {fields.get(name)!r} must be an integer")
+        if not isinstance(fields.get(name), int) or fields[name] < 1:
+            raise UsageError(f"{path}: {name} = {fields.get(name)!r} must be an integer of at least 1")
+    positions = fields.get("max_position_embeddings", 1)
+    if not isinstance(positions, int) or not 1 <= positions <= LONGEST:
+        raise UsageError(f"{path}: max_position_embeddings = {positions!r} must be an integer from 1 to {LONGEST}")
     allowed = {
         "rope_scaling": (None, "llama3") if family == "llama" else (None,),
         "head_dim": (None, fields["hidden_size"] // fields["num_attention_heads"]),

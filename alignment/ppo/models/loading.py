@@ -17,7 +17,7 @@ from alignment.ppo.models.default import DEFAULT_MODEL_ALIASES, ensure_default_m
 from alignment.ppo.models.placement import WHOLE, Placement, configure, follow_lengths, keep_stage
 from alignment.ppo.models.sharing import build_sharing, share_rotary_tables
 from alignment.ppo.models.tokenizer_files import TOKENIZER_FILES
-from alignment.ppo.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, load_weights
+from alignment.ppo.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, check_sizes, load_weights, part_names
 from alignment.runtime.faults import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,9 +52,10 @@ def load_policy(
     config.architectures = [CAUSAL_ARCHITECTURE[config.model_type]]
     if shared is not None:
         return build_sharing(lambda: build_policy(config, dtype, recompute, placement), shared)
+    files = WeightFiles(directory)
+    check_sizes(files, config)
     model = build_policy(config, dtype, recompute, placement)
     tied = {TIED_HEAD} if config.tie_word_embeddings else set()
-    files = WeightFiles(directory)
     load_weights(model, files, model.base_model_prefix, heads={TIED_HEAD} - tied, skip=tied, ignore=tied)
     return model
 
@@ -171,7 +172,7 @@ def download_model(name: str) -> Path:
             "save_pretrained(directory, safe_serialization=True) and name that directory"
         )
     if weights.endswith(INDEX_FILE):
-        for shard in sorted(set(read_json(Path(weights))["weight_map"].values())):
+        for shard in part_names(read_json(Path(weights))):
             fetch(shard)
     for file in TOKENIZER_FILES:
         fetch(file)

@@ -6,15 +6,19 @@ defaults, so that file goes to the ``tokenizers`` library itself.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import paddlenlp.transformers
+from paddlenlp.transformers import PretrainedTokenizer
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from alignment.ppo.models.config import read_json
 from alignment.ppo.models.loading import resolve_model_directory
-from alignment.ppo.models.tokenizer_files import TokenizerFiles
+from alignment.ppo.models.tokenizer_files import CHAT_TEMPLATES, CONFIG_FILE, SENTENCEPIECE, TokenizerFiles
 from alignment.runtime.faults import UsageError
 
 
@@ -136,15 +140,13 @@ class PaddleTokenizer(Tokenizer):
     """A tokenizer that PaddleNLP implements: a sentencepiece model, or ``vocab.json`` with ``merges.txt``."""
 
     def __init__(self, files: TokenizerFiles) -> None:
-        model = files.sentencepiece()
-        kind = files.config.get("tokenizer_class") or ("LlamaTokenizer" if model else "")
-        implementation = getattr(paddlenlp.transformers, kind.removesuffix("Fast"), None)
-        if implementation is None:
+        kind = files.config.get("tokenizer_class") or ("LlamaTokenizer" if files.sentencepiece() else "")
+        implementation = getattr(paddlenlp.transformers, str(kind).removesuffix("Fast"), None)
+        if not (isinstance(implementation, type) and issubclass(implementation, PretrainedTokenizer)):
             raise UsageError(f"{files.directory}: tokenizer_class {kind!r} is unknown, and there is no tokenizer.json")
         try:
-            self.backend = implementation.from_pretrained(
-                str(files.directory), **({"vocab_file": str(model)} if model else {})
-            )
+            with tempfile.TemporaryDirectory() as folder:
+                self.backend = _load_copy(implementation, files, Path(folder))
         except Exception as error:  # sentencepiece and PaddleNLP raise many kinds
             reason = " ".join(str(error).split()) or repr(error)
             raise UsageError(f"{files.directory}: {kind} cannot load the tokenizer ({reason})") from error
@@ -168,6 +170,19 @@ class PaddleTokenizer(Tokenizer):
             token = str(getattr(self.backend, kind))  # the class's default, e.g. "</s>"
             return token, self.token_to_id(token)
         return super()._special(kind)
+
+
+def _load_copy(implementation: type, files: TokenizerFiles, folder: Path) -> PretrainedTokenizer:
+    """PaddleNLP's tokenizer without the chat template, which it would compile in this process, without limits."""
+    files.write(folder)
+    for name in CHAT_TEMPLATES:
+        (folder / name).unlink(missing_ok=True)
+    if (folder / CONFIG_FILE).exists():
+        settings = read_json(folder / CONFIG_FILE)
+        settings.pop("chat_template", None)
+        (folder / CONFIG_FILE).write_text(json.dumps(settings), encoding="utf-8")
+    model = {"vocab_file": str(folder / SENTENCEPIECE[0])} if files.sentencepiece() else {}
+    return implementation.from_pretrained(str(folder), **model)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from alignment.ppo.models.config import read_json
 from alignment.runtime.faults import UsageError
 
 CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model")  # one content; transformers' name and PaddleNLP's
 TOKENIZER_FILES = (
     CONFIG_FILE,
@@ -18,8 +18,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    *CHAT_TEMPLATES,
 )
 
 
@@ -82,5 +81,5 @@ class TokenizerFiles:
         if isinstance(template, list):
             return {entry["name"]: entry["template"] for entry in template}.get("default")
         if template is None and "chat_template.json" in self:  # PaddleNLP's file of that name holds no Jinja source
-            template = json.loads(self.text("chat_template.json")).get("chat_template")
+            template = read_json(self.directory / "chat_template.json").get("chat_template")
         return template

@@ -14,7 +14,7 @@ from alignment.ppo.models.placement import WHOLE, Placement
 from alignment.ppo.models.policy import hidden_states, trunk
 from alignment.ppo.models.pooling import last_positions, pool, take
 from alignment.ppo.models.sharing import build_sharing
-from alignment.ppo.models.weights import WeightFiles, load_weights
+from alignment.ppo.models.weights import WeightFiles, check_sizes, load_weights
 from alignment.runtime.faults import UsageError
 
 SCORE_TYPES = ("reward", "critic")
@@ -107,6 +107,7 @@ def load_value(
     directory = resolve_model_directory(name_or_path)
     config = read_config(directory)
     files = WeightFiles(directory)
+    check_sizes(files, config)
     has_head = HEAD in files.names()
     if require_head and not has_head:
         raise UsageError(f"{directory}: not a reward model (its weights have no {HEAD}); train one with run_reward.py")

@@ -17,12 +17,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import paddle
+from paddlenlp.transformers import PretrainedConfig
 from safetensors import SafetensorError, safe_open
 
 from alignment.parallel.collectives import gather_objects
 from alignment.parallel.topology import topology
+from alignment.ppo.models.config import read_json
 from alignment.ppo.models.lora import plain_parameters
 from alignment.ppo.models.placement import is_copy, merged, names_of_all_layers, own_slice, split_axis
 from alignment.runtime.bootstrap import tensor_views
@@ -99,8 +102,7 @@ def weights_sha256(directory: Path) -> str:
 def _weight_files(directory: Path, single: str, index: str) -> list[Path]:
     if (directory / index).is_file():
         try:
-            weight_map = json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"]
-            paths = [directory / name for name in sorted(set(weight_map.values()))]
+            paths = [directory / name for name in part_names(read_json(directory / index))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{directory / index}: not a safetensors index ({error!r})") from None
     else:
@@ -111,6 +113,33 @@ def _weight_files(directory: Path, single: str, index: str) -> list[Path]:
                 f"{directory}: no {path.name} (weights must be safetensors; .bin and .pdparams are not read)"
             )
     return paths
+
+
+def check_sizes(files: WeightFiles, config: PretrainedConfig) -> None:
+    """Raises UsageError where config.json asks for more than the files hold, before anything of that size is made."""
+    wanted = {
+        "embed_tokens.weight": [config.vocab_size, config.hidden_size],
+        "layers.0.mlp.up_proj.weight": [config.intermediate_size, config.hidden_size],
+    }
+    for name in sorted(files.names()):
+        for ending, shape in wanted.items():
+            if name.endswith(f".{ending}") and sorted(files.shape(name)) != sorted(shape):
+                stored = files.shape(name)
+                raise UsageError(f"{files.directory}: {name} has shape {stored}, config.json asks for {shape}")
+    if config.num_hidden_layers > len(files.names()):
+        raise UsageError(
+            f"{files.directory}: the checkpoint lacks weights of {config.num_hidden_layers} layers; it has "
+            f"{len(files.names())} in all"
+        )
+
+
+def part_names(index: dict[str, Any]) -> list[str]:
+    """The files that an index names. Raises ValueError unless they lie beside it."""
+    names = sorted(set(index["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not the name of a file beside it")
+    return names
 
 
 def _open(path: Path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,13 +21,55 @@ from alignment.runtime.faults import RunError, UsageError
 
 TOKEN_VARIABLE = "ALIGNMENT_REWARD_TOKEN"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-RETRIED = (408, 425, 429, 500, 502, 503, 504)
+FINAL = frozenset(range(400, 500)) - {408, 425, 429}
+"""Statuses that say that the request is wrong, so that asking again is of no use."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+REQUEST_BYTES = 64 * 1024 * 1024
+"""What is sent at once, and what the server takes; a longer batch goes in parts."""
 REPLY_BYTES, REPLY_BYTES_PER_REWARD = 64 * 1024, 256
 
 
 class _TryAgain(Exception):
-    """A failure that may go away: no connection, time-out, a reply cut short, an overloaded or failing server."""
+    """A failure that may go away: no connection, no reply in time, or one that cannot be meant."""
+
+
+class _Cuttable(requests.adapters.HTTPAdapter):
+    """Knows its socket, so that a request can be ended from outside, whatever it waits for."""
+
+    socket: socket.socket | None = None
+
+    def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> Any:
+        """See HTTPAdapter; the pool's connections report themselves here."""
+        pool = super().get_connection_with_tls_context(*args, **settings)
+        if not hasattr(pool.ConnectionCls, "adapter"):
+            pool.ConnectionCls = type("Connection", (_Reporting, pool.ConnectionCls), {"adapter": self})
+        return pool
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Cut the connection after so many seconds. A time-out of the socket counts anew at every byte."""
+        timer = threading.Timer(seconds, self._cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _cut(self) -> None:
+        if self.socket is not None:
+            with contextlib.suppress(OSError):  # not connected any more
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # of TLS too: its own shutdown would wait
+
+
+class _Reporting:
+    """Of a connection class: tells its adapter which socket it uses."""
+
+    adapter: _Cuttable
+
+    def connect(self) -> None:
+        super().connect()
+        type(self).adapter.socket = self.sock
 
 
 class _Bearer(requests.auth.AuthBase):
@@ -41,8 +87,9 @@ class _Bearer(requests.auth.AuthBase):
 class ServerReward(RewardSource):
     """Asks a reward server; see docs/rewards.md for the protocol and alignment.ppo.reward_server for a server.
 
-    The retry loop is our own rather than urllib3's Retry, which ends where the headers end: a server that dies or
-    hangs in the middle of its reply must be asked again too, and the whole reply must arrive within `timeout`.
+    The retry loop is our own rather than urllib3's Retry, which ends where the headers end: a server that dies, hangs
+    or talks nonsense in its reply must be asked again too, and the whole reply must be there within `timeout`, even of
+    a server that sends a byte a second.
     """
 
     def __init__(self, url: str, timeout: float = 60.0, retries: int = 3, token: str | None = None) -> None:
@@ -62,7 +109,9 @@ class ServerReward(RewardSource):
         if timeout <= 0 or retries < 0:
             raise UsageError(f"reward_server: timeout {timeout} must be above 0 and retries {retries} at least 0")
         self.name, self.url, self.timeout, self.retries = "server", url, timeout, retries
-        self.session = requests.Session()
+        self.session, self.adapter = requests.Session(), _Cuttable()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, self.adapter)
         self.session.auth = _Bearer((token or os.environ.get(TOKEN_VARIABLE, "")).strip())
         self.session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
         if parts.hostname in LOOPBACK:
@@ -76,46 +125,62 @@ class ServerReward(RewardSource):
             raise RunError(f'{error} (start check: to empty lists a server answers {{"rewards": []}})') from error
 
     def __call__(self, batch: RewardBatch) -> np.ndarray:
-        """float32 [N]. Raises RunError when all attempts fail or the reply is not N finite numbers."""
+        """float32 [N]. Raises RunError when all attempts fail to get N finite numbers."""
         body = _encode(batch)
-        limit = REPLY_BYTES + REPLY_BYTES_PER_REWARD * len(batch)
+        if len(body) > REQUEST_BYTES and len(batch) > 1:
+            half = len(batch) // 2
+            return np.concatenate([self(batch.take(range(half))), self(batch.take(range(half, len(batch))))])
+        if len(body) > REQUEST_BYTES:
+            raise RunError(f"reward server {self.url}: one answer takes {len(body)} bytes, more than {REQUEST_BYTES}")
         for attempt in range(1, self.retries + 2):
             try:
-                reply = self._post(body, limit)
-                break
+                return self._ask(body, len(batch))
             except _TryAgain as error:
                 if attempt > self.retries:
                     raise RunError(f"reward server {self.url}: failed {attempt} times, last: {error}") from error
                 time.sleep(min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S))
-        return check_rewards(_decode(reply, self.url), len(batch), f"reward server {self.url}")
+        raise AssertionError("the last attempt returns or raises")
 
-    def _post(self, body: bytes, limit: int) -> bytes:
+    def _ask(self, body: bytes, count: int) -> np.ndarray:
+        """float32 [count]: one attempt. Raises _TryAgain, or RunError for a status in FINAL."""
+        status, content = self._post(body, REPLY_BYTES + REPLY_BYTES_PER_REWARD * count)
+        if status in FINAL:
+            raise RunError(f"reward server {self.url}: {_describe_status(status, content)}")
+        if status != 200:
+            raise _TryAgain(_describe_status(status, content))
+        try:
+            return check_rewards(_decode(content), count, "it")
+        except RunError as error:
+            raise _TryAgain(str(error)) from error
+
+    def _post(self, body: bytes, limit: int) -> tuple[int, bytes]:
         deadline = time.monotonic() + self.timeout
         try:
-            with self.session.post(
-                self.url, data=body, timeout=self.timeout, stream=True, allow_redirects=False
-            ) as response:
-                content = self._read(response, limit, deadline)
-        except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
-            raise _TryAgain(f"no answer within {self.timeout:g} s") from error
+            with (
+                self.adapter.within(self.timeout),
+                self.session.post(
+                    self.url, data=body, timeout=self.timeout, stream=True, allow_redirects=False
+                ) as response,
+            ):
+                content = _read(response, limit)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            late = isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError)
+            if late or time.monotonic() >= deadline:
+                raise _TryAgain(f"no complete reply within {self.timeout:g} s") from error
             raise _TryAgain(_root_cause(error)) from error
-        if response.status_code in RETRIED:
-            raise _TryAgain(_describe_status(response.status_code, content))
-        if response.status_code != 200:
-            raise RunError(f"reward server {self.url}: {_describe_status(response.status_code, content)}")
-        return content
+        if time.monotonic() >= deadline:  # cut off, which looks like an end
+            raise _TryAgain(f"no complete reply within {self.timeout:g} s")
+        return response.status_code, content
 
-    def _read(self, response: requests.Response, limit: int, deadline: float) -> bytes:
-        """read1 gives what has arrived; iter_content would wait, however long, until a whole chunk is there."""
-        content = bytearray()
-        while chunk := response.raw.read1(16 * 1024, decode_content=False):
-            content += chunk
-            if len(content) > limit:
-                raise RunError(f"reward server {self.url}: the reply is longer than {limit} bytes")
-            if time.monotonic() > deadline:
-                raise _TryAgain(f"the reply was not complete after {self.timeout:g} s")
-        return bytes(content)
+
+def _read(response: requests.Response, limit: int) -> bytes:
+    """The reply's body, unless it is longer than `limit` bytes: _TryAgain."""
+    content = bytearray()
+    while chunk := response.raw.read1(16 * 1024, decode_content=False):
+        content += chunk
+        if len(content) > limit:
+            raise _TryAgain(f"the reply is longer than {limit} bytes")
+    return bytes(content)
 
 
 def _encode(batch: RewardBatch) -> bytes:
@@ -126,14 +191,14 @@ def _encode(batch: RewardBatch) -> bytes:
         raise RunError(f"reward server: a sample cannot be sent as JSON: {error}") from error
 
 
-def _decode(content: bytes, url: str) -> Any:
+def _decode(content: bytes) -> Any:
     start = content[:60].decode(errors="replace")
     try:
         reply = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"reward server {url}: the reply is not JSON: {start!r}") from error
+        raise _TryAgain(f"the reply is not JSON: {start!r}") from error
     if not isinstance(reply, dict) or "rewards" not in reply:
-        raise RunError(f'reward server {url}: the reply has no "rewards": {start!r}')
+        raise _TryAgain(f'the reply has no "rewards": {start!r}')
     return reply["rewards"]
 
 

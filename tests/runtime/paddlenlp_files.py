@@ -1,0 +1,56 @@
+"""Argument files of PaddlePaddle/PaddleNLP: the path, and at which commit, of each."""
+
+from __future__ import annotations
+
+PPO_2024 = {  # llm/config/llama/ppo_argument.json at abaa0aff7971
+    "train_datasets": "PKU-SafeRLHF/train", "eval_datasets": "PKU-SafeRLHF/test", "ptx_datasets": "alpaca",
+    "actor_model_name_or_path": "PKU-Alignment/alpaca-7b-reproduced",
+    "reward_model_name_or_path": "PKU-Alignment/beaver-7b-v1.0-reward", "output_dir": "checkpoints/llm_ppo",
+    "max_length": 512, "top_p": 0.8, "temperature": 1.0, "num_return_sequences": 1, "repetition_penalty": 1.0,
+    "num_train_epochs": 1, "update_iters": 1, "per_device_prompt_batch_size": 16, "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1, "learning_rate": 1e-5, "weight_decay": 0.01, "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.03, "recompute": True, "critic_learning_rate": 5e-6, "critic_weight_decay": 0.0,
+    "critic_lr_scheduler_type": "constant", "critic_warmup_ratio": 0.03, "critic_recompute": True,
+    "normalize_reward": False, "kl_coeff": 0.02, "clip_range_ratio": 0.2, "clip_range_score": 50.0,
+    "clip_range_value": 5.0, "ptx_coeff": 16.0, "per_device_eval_batch_size": 16, "logging_steps": 1,
+    "evaluation_strategy": "steps", "eval_steps": 100, "save_strategy": "epoch", "save_steps": 100000, "bf16": True,
+    "fp16_opt_level": "O2", "do_train": True, "do_eval": True, "disable_tqdm": True, "save_total_limit": 1,
+    "sharding_parallel_degree": 4, "sharding": "stage1", "tensor_parallel_degree": 2, "pipeline_parallel_degree": 1,
+    "pipeline_parallel_config": "disable_p2p_cache_shape", "max_grad_norm": 1.0, "adam_beta1": 0.9,
+    "adam_beta2": 0.95, "dataloader_drop_last": False, "eval_mode": "", "offload_level": "freeze_model",
+}  # fmt: skip
+PPO_2025 = {  # the same path at aa4ae1a17b67
+    "train_datasets": "PKU-SafeRLHF/train", "eval_datasets": "PKU-SafeRLHF/test", "ptx_datasets": "alpaca",
+    "actor_model_name_or_path": "PKU-Alignment/alpaca-7b-reproduced",
+    "reward_model_name_or_path": "PKU-Alignment/beaver-7b-v1.0-reward", "output_dir": "checkpoints/llama-ppo",
+    "max_length": 2048, "use_fusemt": 1, "use_flash_attention": 1, "max_dec_len": 1024, "min_dec_len": 1,
+    "top_p": 0.8, "temperature": 1.0, "rollout_n": 1, "repetition_penalty": 1.0, "num_train_epochs": 1,
+    "max_steps": 17, "update_iters": 1, "per_device_prompt_batch_size": 2, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1, "learning_rate": 2e-6, "min_learning_rate": 2e-7, "weight_decay": 0.01,
+    "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "recompute": 1, "recompute_granularity": "full",
+    "recompute_use_reentrant": 1, "critic_learning_rate": 2e-6, "critic_min_learning_rate": 2e-7,
+    "critic_weight_decay": 0.01, "critic_lr_scheduler_type": "cosine", "critic_warmup_ratio": 0.03,
+    "critic_recompute": 1, "critic_recompute_granularity": "full", "normalize_reward": 1, "normalize_advantage": 1,
+    "kl_coeff": 0.02, "clip_range_ratio": 0.2, "clip_range_score": 10.0, "clip_range_value": 5.0, "ptx_coeff": 16.0,
+    "logging_steps": 1, "logging_dir": "vdl_log", "evaluation_strategy": "no", "per_device_eval_batch_size": 16,
+    "eval_steps": 10000, "save_strategy": "steps", "save_steps": 400, "save_total_limit": 5, "bf16": 1, "fp16": 0,
+    "fp16_opt_level": "O2", "do_train": 1, "do_eval": 0, "disable_tqdm": 1, "sharding_parallel_degree": 1,
+    "sharding": "stage1", "tensor_parallel_degree": 8, "tensor_parallel_output": 0, "pipeline_parallel_degree": 1,
+    "pipeline_parallel_config": "disable_p2p_cache_shape", "sequence_parallel": 0, "max_grad_norm": 1.0,
+    "adam_beta1": 0.9, "adam_beta2": 0.95, "dataloader_drop_last": 0, "eval_mode": "",
+    "offload_level": "freeze_model optimizer train_model", "release_grads": 1, "seed": 23,
+    "use_fused_head_and_loss_fn": 0, "fused_linear": 1, "autotuner_benchmark": 0, "skip_profile_timer": 1,
+}  # fmt: skip
+RM_2024 = {  # llm/config/llama/rm_argument.json at c9e1488476ca
+    "model_name_or_path": "PKU-Alignment/alpaca-7b-reproduced", "train_datasets": "PKU-SafeRLHF-30K/train",
+    "eval_datasets": "PKU-SafeRLHF-30K/test", "output_dir": "checkpoints/llama_rm",
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 16,
+    "eval_accumulation_steps": 1, "num_train_epochs": 2, "logging_steps": 1, "evaluation_strategy": "epoch",
+    "eval_steps": 1000, "save_strategy": "epoch", "save_steps": 1000, "max_length": 512, "bf16": True,
+    "fp16_opt_level": "O2", "do_train": True, "do_eval": True, "disable_tqdm": True, "load_best_model_at_end": False,
+    "metric_for_best_model": "accuracy", "recompute": True, "save_total_limit": 1, "sharding_parallel_degree": 4,
+    "sharding": "stage2", "weight_decay": 0.1, "max_grad_norm": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.95,
+    "lr_scheduler_type": "cosine", "learning_rate": 2e-5, "warmup_ratio": 0.03,
+    "normalize_score_during_training": False, "normalizer_type": "ExponentialMovingAverage",
+    "normalizer_momentum": 0.9, "loss_type": "sequence-wise", "regularization": 0.001,
+}  # fmt: skip
