@@ -92,7 +92,8 @@ def _read_sources(
     names |= {name: name for group in groups for name in getattr(group, "LEGACY", ())}
     file = argv.pop(0) if argv and not argv[0].startswith("-") else None
     given: dict[str, tuple[str, Any]] = {}
-    pairs = [(f'{file}: "{key}"', key, value) for key, value in (read_json_object(file) if file else {}).items()]
+    content = read_json_object(file) if file else {}
+    pairs = [(f"{file}: {json.dumps(key, ensure_ascii=False):.99}", key, value) for key, value in content.items()]
     _collect(pairs, names, given)
     overrides: dict[str, tuple[str, Any]] = {}
     _collect(_read_command_line(argv, known, names, program), names | {PRINT: PRINT}, overrides)
