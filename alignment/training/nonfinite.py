@@ -143,6 +143,8 @@ def _has_finite_gradients(engine: TrainingEngine) -> bool:
 
 
 def _is_finite(tensor: paddle.Tensor) -> bool:
+    if math.isfinite(float(tensor.sum(dtype="float32"))):  # ten times as fast, and enough but for huge numbers
+        return True
     return bool(paddle.isfinite(tensor.astype("float32")).all())
 
 
