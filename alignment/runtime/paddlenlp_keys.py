@@ -6,8 +6,6 @@ NOTES = {
     "do_eval": "evaluation_strategy says whether and when to evaluate",
     "do_predict": "alignment/apo/run_sample.py writes answers",
     "eval_accumulation_steps": "it moved predictions to the CPU now and then; evaluations keep sums only",
-    "metric_for_best_model": "no best checkpoint is chosen; the newest counts",
-    "greater_is_better": "no best checkpoint is chosen; the newest counts",
     "pipeline_parallel_config": "it tuned Paddle's pipeline; the pipeline here needs no settings",
     "tensor_parallel_config": "it tuned Paddle's tensor parallelism; that here needs no settings",
     "sharding_parallel_config": "it tuned Paddle's sharding; sharding here needs no settings",
