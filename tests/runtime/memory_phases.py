@@ -16,7 +16,7 @@ def use_memory(megabytes: int) -> None:
 
 
 def run_phases() -> dict[str, float]:
-    """An outer phase that uses 400 MB, one inside it with 200, and then one with next to nothing; and the run's peak."""
+    """An outer phase that uses 400 MB, one inside it with 200, and then one with next to nothing; the peak."""
     timer = PhaseTimer()
     with timer("score"):
         with timer("offload"):
