@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ class Files:
 
     def __init__(self, directory: Path, deferred: bool = False) -> None:
         self.directory, self.fault = directory, None
-        self._deferred, self._pending, self._names = deferred, {}, []
+        self._pending: dict[str, Callable[[Path], Any]] = {}
+        self._names: list[str] = []
+        self._deferred = deferred
 
     @property
     def names(self) -> list[str]:
@@ -40,10 +42,7 @@ class Files:
 
     def add_bytes(self, name: str, content: bytes) -> None:
         """A file with this content; name: relative to the directory."""
-        if self._deferred:
-            self._pending[name] = content
-        else:
-            self._write(name, lambda path: path.write_bytes(content))
+        self._put(name, lambda path: path.write_bytes(content))
 
     def add_text(self, name: str, text: str) -> None:
         """The same in UTF-8."""
@@ -56,29 +55,34 @@ class Files:
         self.add_bytes(name, buffer.getvalue())
 
     def add_tensors(self, name: str, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-        """A safetensors file of NumPy's or of Paddle's tensors, contiguous and on the CPU."""
+        """A safetensors file of Paddle's tensors, contiguous and on the CPU, or of arrays that nobody will change."""
         if all(isinstance(value, np.ndarray) for value in tensors.values()):
             import safetensors.numpy as library
         else:
             import safetensors.paddle as library
-        if self._deferred:
-            self.add_bytes(name, library.save(dict(tensors), metadata))
-        else:
-            self._write(name, lambda path: _save_tensors(library, tensors, path, metadata))
+
+            if self._deferred:  # some of them are the model's own
+                tensors = {key: value.clone() for key, value in tensors.items()}
+        self._put(name, lambda path: _save_tensors(library, tensors, path, metadata))
 
     def write(self) -> None:
         """Write what was deferred, and let go of it."""
         while self._pending:
             name = next(iter(self._pending))
-            content = self._pending.pop(name)
-            self._write(name, lambda path, content=content: path.write_bytes(content))
+            self._write(name, self._pending.pop(name))
 
     def check(self) -> None:
         """Raises: OSError, the first that was met."""
         if self.fault is not None:
             raise self.fault
 
-    def _write(self, name: str, write: Any) -> None:
+    def _put(self, name: str, write: Callable[[Path], Any]) -> None:
+        if self._deferred:
+            self._pending[name] = write
+        else:
+            self._write(name, write)
+
+    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         path = self.directory / name
         if self.fault is None:
             try:
