@@ -8,3 +8,6 @@ class DataError(ValueError):
 
     Entry points turn it into exit status 2 without a traceback, like any other usage error.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a column's name may have several
