@@ -13,7 +13,7 @@ import pytest
 
 from tests.stages import read_rows, run, weights_of, write_project
 
-UNLIKE = ("timing_s/", "perf/")
+UNLIKE = ("timing_s/", "memory_gb/", "perf/")
 STEPS = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 1, "--evaluation_strategy", "no",
          "--reward_function", "null", "--reward_server_timeout", 2)  # fmt: skip
 

@@ -68,10 +68,9 @@ class Guard:
         return {"skipped_steps": float(skipped)} if self.policy == "skip" else {}
 
 
-def tell_fault(quantity: str, value: float, culprits: Iterable[Culprit], advice: str) -> str:
-    """One line: step, phase, what is not finite, its value, whose samples, what to do."""
-    named = _name(culprits) or "no single micro-batch alone: their sum is too large for a float"
-    return f"{here}: the {quantity} is not finite ({value}): {named}; {advice}"
+def tell_fault(quantity: str, value: float, culprits: Iterable[Culprit], advice: str, nobody: str = "") -> str:
+    """One line: step, phase, what is not finite, its value, whose samples (else ``nobody``), what to do."""
+    return f"{here}: the {quantity} is not finite ({value}): {_name(culprits) or nobody}; {advice}"
 
 
 def describe_bad_step(engine: TrainingEngine, loss: float, norm: float) -> str:
@@ -89,7 +88,10 @@ def describe_bad_step(engine: TrainingEngine, loss: float, norm: float) -> str:
         own = _rerun(engine)
     culprits = [culprit for found in gather_objects(own, "world") for culprit in found]
     advice = f'look at these samples, lower "learning_rate" ({engine.peak_learning_rate:g})'
-    return tell_fault(quantity, value, culprits, advice)
+    nobody = "no single micro-batch alone: their sum is too large for a float"
+    if engine.shards.stage >= 2:
+        nobody = "some rank's samples, whose gradients are summed at once where they are sharded"
+    return tell_fault(quantity, value, culprits, advice, nobody)
 
 
 def check_state(engine: TrainingEngine) -> None:
