@@ -26,7 +26,7 @@ GROUPS = {
         "alignment.export": "a checkpoint, for inference",
     },
     "Look": {
-        "alignment.report": "a page about runs: curves, answers, timing",
+        "alignment.report": "a page about runs: curves, answers",
         "alignment.apo.compare": "games of APO side by side",
         "alignment.parallel.plan": "memory and traffic of a layout",
     },

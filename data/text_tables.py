@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -74,14 +75,17 @@ def check_json_table(path: Path) -> None:
 def check_csv_table(path: Path) -> None:
     """The same for CSV: UTF-8, lines and columns within the limits."""
     size = check_regular(path)
-    lines, columns = 0, 0
+    lines = 0
     with _opened(path) as file:
         for lines, line in enumerate(_lines(path, file, size), start=1):
-            text = _decode(path, lines, line)
-            if lines == 1:
-                columns = len(next(csv.reader([text]), ()))
-                if columns > COLUMNS:
-                    raise DataError(f"{path}: it has {columns} columns, more than {COLUMNS}")
+            _decode(path, lines, line)
+    with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        try:
+            columns = len(next(csv.reader(text), ()))
+        except csv.Error as error:
+            raise DataError(f"{path}: its header is no CSV: {error}") from None
+    if columns > COLUMNS:
+        raise DataError(f"{path}: it has {columns} columns, more than {COLUMNS}")
     check_expansion(path, size, lines * columns * CELL_BYTES)
 
 

@@ -29,6 +29,9 @@ _LOST_PEER_TEXT = re.compile(r"gloo/transport/|store/tcp_")  # the source file i
 class UsageError(ValueError):
     """Bad input (argument, file, model directory): the run cannot start. Exit status 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a key or a file's name may have several
+
 
 class RunError(RuntimeError):
     """A fault while running (reward server down, reward not finite, self-check failed). Exit status 1."""
