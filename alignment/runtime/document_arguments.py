@@ -29,6 +29,7 @@ Each script takes a JSON file and overrides: `python run_ppo.py config.json --ke
 and `--key` mean the same. An unknown key, a wrong type or a value out of bounds ends the run before any model loads,
 with exit status 2 and one line that names the key, the value and what is allowed. On the command line a list is
 written `--report_to visualdl tensorboard`, a mapping as JSON, and `null` unsets an argument that may be null.
+`--print_config` prints what all arguments come to, as a JSON file that gives the same again; secrets are `***`.
 `apo/run_sample.py`, `apo/run_score.py` and `apo/run_apo.py` take no other arguments than those listed for them.
 """
 
