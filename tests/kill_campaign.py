@@ -35,6 +35,7 @@ CASES = {  # name: (stage, processes, arguments)
     "ppo-pp2": ("ppo", 2, ("--pipeline_parallel_degree", 2)),
     "offline": ("offline", 1, ("--critic_refresh", 3)),
 }
+PARTS = ("", "policy", "value")
 SAVE_SECONDS = 0.05  # about what a tiny model's checkpoint takes
 AGAIN = 0.25  # of the resumed runs are killed once more
 
@@ -86,7 +87,8 @@ class Campaign:
         if in_save:
             saves, seen, pause = self.moments.randint(1, 5), set(), self.moments.uniform(0, SAVE_SECONDS)
             while job.is_running() and len(seen) < saves:
-                seen |= {path.name for path in output.glob("**/.checkpoint-*.partial")}
+                for part in PARTS:  # no "**": the directories that it would look into come and go
+                    seen |= {path.name for path in (output / part).glob(".checkpoint-*.partial")}
                 time.sleep(0.001)
         else:
             pause = self.moments.uniform(0.05, seconds)
@@ -101,7 +103,7 @@ def _is_torn(output: Path) -> bool:
     """Whether something of a checkpoint is there that is none yet."""
     if any(output.glob("**/.checkpoint-*")):
         return True
-    parts = [{path.name for path in (output / part).glob("checkpoint-*")} for part in ("policy", "value")]
+    parts = [{path.name for path in (output / part).glob("checkpoint-*")} for part in PARTS[1:]]
     return (output / "value").exists() and parts[0] != parts[1]
 
 
