@@ -227,7 +227,7 @@ def test_false_argument_files(name, tmp_path, monkeypatch):
     else:
         content, reason = {
             "long": ('{"a": "' + "x" * 9999 + '"}', "bytes are more than the limit of 9999"),
-            "deep": ('{"a":' * 1000, "lists and objects are nested more than 64 deep"),
+            "deep": ('{"a":' * 1000 + "1" + "}" * 1000, "lists and objects are nested more than 64 deep"),
             "half": ('{"a": "\\ud800"}', "a text has half of a surrogate pair"),
             "digits": ('{"a": 1' + "0" * 5000 + "}", "a whole number has more than 4300 digits"),
             "array": ("[]", "must hold one JSON object"),

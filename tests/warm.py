@@ -43,7 +43,7 @@ class Job:
 
     @property
     def shown(self) -> str:
-        return "".join(log.read_text() for log in self.logs)
+        return "".join(log.read_text() for log in self.logs if log.exists())
 
 
 class Warm:

@@ -185,7 +185,8 @@ def test_rjs_is_sft_on_the_best_answers(folder):
 def test_what_a_checkpoint_holds_of_other_answers_is_refused(folder):
     trainer = build(folder, policy_update="dpo", output_dir=str(folder / "saved"), max_steps=1)
     trainer.train()
-    again = {"policy_update": "dpo", "output_dir": str(folder / "saved"), "resume_from_checkpoint": "true"}
+    again = {"policy_update": "dpo", "output_dir": str(folder / "saved")}
+    again["resume_from_checkpoint"] = str(folder / "saved/checkpoint-1")
     with pytest.raises(UsageError, match="checkpoint-1: cannot resume from it: the train data are not those"):
         build(folder, **again, dpo_pairs="all").train()
     (folder / "saved/checkpoint-1" / REFERENCE_FILE).write_bytes(b"PK")
