@@ -10,6 +10,7 @@ from alignment.runtime.faults import run_main
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Write what the command line asks for and print where it is. Raises: UsageError."""
     parser = CommandParser(
         prog="python -m alignment.report",
         description="Write a page about a run or a pipeline (report.html and report.md, into it), or one page that "

@@ -72,20 +72,24 @@ def run_loop(
                     result = record_evaluation(number)
                 last = last or best.is_exhausted
                 stops = not last and _any_is_stopping()
-                is_best = best.best_step == number
-                if last or stops or is_best or is_due(args.save_strategy, args.save_steps, number, steps_per_epoch):
+                due = is_due(args.save_strategy, args.save_steps, number, steps_per_epoch)
+                if last or stops or due or best.best_step == number:
                     with in_phase("saving"):
                         save(number)
                 if last or stops:
                     checkpoints.finish()
                 if stops:
-                    raise Stopped(
-                        f"SIGTERM in step {number} of {total_steps}, which is done and saved; to go on, run the same "
-                        "command with --resume_from_checkpoint auto"
-                    )
+                    raise _stopped(number, total_steps)
                 if last:
                     break
     return result
+
+
+def _stopped(number: int, total_steps: int) -> Stopped:
+    return Stopped(
+        f"SIGTERM in step {number} of {total_steps}, which is done and saved; to go on, run the same command with "
+        "--resume_from_checkpoint auto"
+    )
 
 
 def _any_is_stopping() -> bool:
