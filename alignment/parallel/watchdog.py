@@ -210,9 +210,14 @@ def judge(table: Table, timeout: float, complete: bool = True) -> str | None:
 def _tell_silent(rank: int, table: Table) -> str:
     seen = table[rank]
     last = f" (last seen at {seen.beat.where})" if seen.beat.where else ""
-    others = [other for other, one in table.items() if other != rank and (one.beat.waits or one.beat.lost)]
-    waiting = "; ".join(_tell_waiting(other, table) for other in others)
-    return f"rank {rank} has not answered for {seen.silent:.0f} s{last}; {waiting or 'nobody waits for it yet'}"
+    others = {other: one.beat for other, one in table.items() if other != rank}
+    waiting = "; ".join(_tell_waiting(other, table) for other, beat in others.items() if beat.waits or beat.lost)
+    met = "; ".join(
+        f"rank {other}, at {beat.where}, has met it for {beat.operation}"  # and may be in the middle of it
+        for other, beat in others.items()
+        if rank in beat.members
+    )
+    return f"rank {rank} has not answered for {seen.silent:.0f} s{last}; {waiting or met or 'nobody waits for it yet'}"
 
 
 def _tell_waiting(rank: int, table: Table) -> str:

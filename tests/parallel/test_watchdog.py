@@ -31,6 +31,18 @@ def test_a_silent_process_is_named_with_all_that_wait():
     )
 
 
+def test_a_process_that_falls_silent_in_the_middle_of_an_operation():
+    """The others are in it too: they have met, so they do not wait to meet."""
+    assert judge(table(at_work(), at_work(), waits("a sum", [0, 2]), silent=(0, 61, 0)), 60).endswith(
+        "; rank 2, at step 3, update, waits in a sum for rank 0"
+    )
+    assert judge(table(at_work(), at_work(), silent=(0, 61)), 60).endswith(
+        "; rank 0, at step 3, score, has met it for a sum"
+    )
+    start = Beat("step 0, start", "", [], 0, False, False)
+    assert judge(table(start, start, silent=(0, 61)), 60).endswith("; nobody waits for it yet")
+
+
 def test_waiting_long_for_a_process_that_works_is_no_hang():
     assert judge(table(waits(), at_work(), waits(), same=(9999, 9999, 9999)), 60) is None
 

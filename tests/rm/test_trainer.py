@@ -55,6 +55,7 @@ SETTINGS = {
     "lr_scheduler_type": "constant",
     "warmup_ratio": 0.0,
     "warmup_steps": 0,
+    "save_steps": 1,
     "save_total_limit": None,
     "use_async_save": False,
     "save_error": "stop",
