@@ -15,6 +15,7 @@ from typing import TextIO
 
 from alignment.runtime.arguments import resolve
 from alignment.runtime.faults import RunError, UsageError
+from alignment.runtime.files import whole
 from benchmarks.paired import CHECKOUT
 
 SCRIPTS = {
@@ -56,10 +57,9 @@ class Launch:
                 f'--folder: {self.folder} holds a run with "{key}": {json.dumps(earlier.get(key))}, not '
                 f"{json.dumps(arguments.get(key))}; name another folder"
             )
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(arguments, indent=1) + "\n")
-        resolve([str(partial)], importlib.import_module(f"{ARGUMENTS[self.stage]}.arguments").GROUPS)
-        partial.replace(file)
+        with whole(file) as partial:
+            partial.write_text(json.dumps(arguments, indent=1) + "\n")
+            resolve([str(partial)], importlib.import_module(f"{ARGUMENTS[self.stage]}.arguments").GROUPS)
 
     def run(self) -> float:
         """Run it to its end; returns seconds.

@@ -11,7 +11,7 @@ from alignment.apo.round_plots import draw_rounds
 from alignment.apo.round_report import REPORT, read_judged, show, title
 from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import UsageError, run_main
-from alignment.runtime.steps import write_text
+from alignment.runtime.files import write_text
 
 
 def main() -> None:

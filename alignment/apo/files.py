@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from alignment.apo.schemas import ANSWERS, Comparison, Golden, Item, Samples, Scores
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import write_text
 from data.errors import DataError
 from data.limits import ARRAY_BYTES, check_json, read_text, reason_of
 
@@ -86,14 +86,9 @@ def write_items(path: Path, items: Iterable[dict[str, Any]]) -> None:
     """One item a line, as one array where the name ends in .json. The file appears complete or not at all."""
     lines = [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in items]
     text = "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "".join(line + "\n" for line in lines)
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_text(path, text)
     except OSError as fault:
         raise UsageError(f"{path}: cannot be written: {fault.strerror or fault}") from None
 

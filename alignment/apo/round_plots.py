@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from alignment.report.style import EXTRA, HELD_OUT, STYLE, THIRD, TRAIN
 from alignment.rm.plots import COLORS
+from alignment.runtime.files import whole
 
 LINES = (TRAIN, HELD_OUT, THIRD, *EXTRA)
 NEUTRAL = "#9aa0a6"
@@ -102,6 +103,5 @@ def _draw_reliability(path: Path, calibrations: Mapping[str, Mapping[str, Any]])
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})

@@ -16,8 +16,8 @@ from alignment.apo.round_plots import draw_game
 from alignment.apo.schemas import Samples, Scores
 from alignment.apo.selection import read_scores
 from alignment.rm.plots import NUMBERS
+from alignment.runtime.files import write_text
 from alignment.runtime.metrics import METRICS_FILE
-from alignment.runtime.steps import write_text
 
 REPORT = "rounds.json"
 ERRORS = ("ece", "ace", "mce")

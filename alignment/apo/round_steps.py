@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.runtime import steps
-from alignment.runtime.steps import Step, write_text
+from alignment.runtime.files import write_text
+from alignment.runtime.steps import Step
 
 SCRIPTS = {
     "sample": "apo/run_sample.py",

@@ -20,7 +20,8 @@ from alignment.apo.round_checks import check_steps, rehearse_training
 from alignment.apo.round_report import write_report
 from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
-from alignment.runtime.steps import StepRunner, knows, write_text
+from alignment.runtime.files import write_text
+from alignment.runtime.steps import StepRunner, knows
 from alignment.runtime.termination import stoppable
 
 RECORD = "steps.json"

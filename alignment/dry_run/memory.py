@@ -13,7 +13,7 @@ from alignment.parallel.plan import Plan, Sizes, find_shapes, plan
 from alignment.parallel.plan.arguments import RAGGED, Options
 from alignment.parallel.plan.planning import GB
 from alignment.runtime.faults import process_count
-from alignment.training.arguments import planned_processes
+from alignment.training.argument_checks import planned_processes
 
 
 def plan_run(stage: str, values: Mapping[str, Any], originals: Sequence[Original]) -> Plan | str:

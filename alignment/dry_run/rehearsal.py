@@ -25,7 +25,7 @@ from alignment.runtime.bootstrap import configure_paddle
 from alignment.runtime.console import say, show_summary
 from alignment.runtime.faults import UsageError, process_count
 from alignment.runtime.metrics import is_main_process
-from alignment.training.arguments import planned_processes
+from alignment.training.argument_checks import planned_processes
 from alignment.training.resume import choose_start
 from alignment.training.stage import run_stage
 

@@ -9,7 +9,8 @@ from typing import Any
 from alignment.ppo.controllers import SCORE_SCALINGS
 from alignment.runtime.argument_fields import argument
 from alignment.runtime.faults import UsageError
-from alignment.training.arguments import SCHEDULES, DataArguments, StageArguments
+from alignment.training.arguments import DataArguments, StageArguments
+from alignment.training.inherited_arguments import SCHEDULES
 
 EVAL_MODES = ("single", "tensor_parallel")
 REWARDS = ("reward_model_name_or_path", "reward_function", "reward_server")

@@ -22,7 +22,7 @@ from alignment.report.overview import anchors, compare_groups, overview
 from alignment.report.plots import draw_stage
 from alignment.report.reading import STAGE_TITLES, Stage, read_stages
 from alignment.runtime.faults import UsageError
-from alignment.runtime.steps import write_text
+from alignment.runtime.files import write_text
 
 MARK = '<meta name="generator" content="alignment.report">'
 MARK_WITHIN = 1000  # bytes from the start of a page

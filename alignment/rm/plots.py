@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from alignment.report.style import EXTRA, HELD_OUT, STYLE, THIRD, TRAIN
 from alignment.rm.evaluation import Arrays, describe_curve, one_order_curve, peoples_pairs, scores_by_role
 from alignment.rm.metrics import Calibration, calibration_curve
+from alignment.runtime.files import write_bytes, write_text
 
 RELIABILITY, SCORES, NUMBERS = "reliability.png", "scores.png", "calibration.json"
 COLORS = {"chosen": TRAIN, "rejected": HELD_OUT, "golden": THIRD, "sample": EXTRA[0]}
@@ -35,9 +36,9 @@ def write_pictures(rows: Arrays, directory: Path, temperature: float | None = No
         "scores": describe_scores(scores),
     }
     with matplotlib.rc_context(STYLE):
-        _write(directory / RELIABILITY, draw_reliability(curves))
-        _write(directory / SCORES, draw_scores(scores))
-    _write(directory / NUMBERS, (json.dumps(numbers, indent=2) + "\n").encode())
+        write_bytes(directory / RELIABILITY, draw_reliability(curves))
+        write_bytes(directory / SCORES, draw_scores(scores))
+    write_text(directory / NUMBERS, json.dumps(numbers, indent=2) + "\n")
 
 
 def reliability_curves(pairs: Arrays, temperature: float | None) -> dict[str, Calibration]:
@@ -114,9 +115,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

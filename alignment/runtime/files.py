@@ -6,7 +6,8 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,29 @@ class Files:
                 self._names.append(name)
             except OSError as fault:
                 self.fault = fault
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives another path to write to: the file appears complete and on the disk, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A whole file of this content."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def sha256_of(*paths: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.runtime.faults import RunError
+from alignment.runtime.files import write_text
 from alignment.runtime.writers import Writer, open_writer
 
 METRICS_FILE = "metrics.jsonl"
@@ -97,9 +98,7 @@ def keep_steps(path: Path, last: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from alignment.runtime.argument_fields import (
     arguments_of,
     hide_secrets,
 )
+from alignment.runtime.files import write_text
 from alignment.runtime.metrics import is_main_process
 
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "datasets", "safetensors", "tokenizers")
@@ -42,9 +43,7 @@ def write_run_record(output_dir: str | Path, stage: str, arguments: Sequence[Any
     }
     path = Path(output_dir) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("run.json.partial")
-    partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def resolved_arguments(arguments: Sequence[Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from alignment.runtime.faults import UsageError
+from alignment.runtime.files import write_text
 from alignment.runtime.termination import Stopped
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -172,13 +173,6 @@ def shorten(path: Path) -> Path:
     """The path as a user would type it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file appears complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def remove(path: Path) -> None:

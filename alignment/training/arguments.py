@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from paddlenlp.trainer import TrainingArguments
 
-from alignment.parallel.layout import least_processes, resolve_layout
+from alignment.parallel.layout import resolve_layout
 from alignment.parallel.topology import join
 from alignment.parallel.watchdog import start_watchdog
 from alignment.ppo.models.lora import TARGETS as LORA_TARGETS
@@ -21,14 +19,14 @@ from alignment.runtime.bootstrap import configure_paddle
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError, process_count
 from alignment.runtime.writers import check_installed
-
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
-UNBUILT_DEGREES = (
-    "sep_parallel_degree",
-    "context_parallel_degree",
-    "expert_parallel_degree",
-    "expert_tensor_parallel_degree",
+from alignment.training.argument_checks import (
+    planned_processes,
+    refuse_unbuilt,
+    settle_best,
+    settle_lora,
+    validate_evaluation,
 )
+from alignment.training.inherited_arguments import INHERITED, LEGACY, LIMITS, UNBUILT_DEGREES
 
 
 @dataclass
@@ -38,109 +36,9 @@ class StageArguments(TrainingArguments):
     Without a GPU bf16 becomes False, with a notice. Raises UsageError where PaddleNLP refuses a value.
     """
 
-    INHERITED: ClassVar[dict[str, tuple[str, ...]]] = {
-        "Length of the run": ("max_steps", "num_train_epochs", "seed"),
-        "Batches": (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "per_device_eval_batch_size",
-            "dataloader_drop_last",
-        ),
-        "Optimizer": (
-            "learning_rate",
-            "lr_scheduler_type",
-            "warmup_ratio",
-            "warmup_steps",
-            "weight_decay",
-            "adam_beta1",
-            "adam_beta2",
-            "adam_epsilon",
-            "max_grad_norm",
-        ),
-        "Precision and memory": ("bf16", "fp16", "fp16_opt_level", "recompute"),
-        "Evaluation": (
-            "evaluation_strategy",
-            "eval_steps",
-            "metric_for_best_model",
-            "greater_is_better",
-            "load_best_model_at_end",
-        ),
-        "Output": (
-            "output_dir",
-            "logging_dir",
-            "disable_tqdm",
-            "save_strategy",
-            "save_steps",
-            "save_total_limit",
-            "use_async_save",
-            "overwrite_output_dir",
-        ),
-        "Parallelism": (
-            "tensor_parallel_degree",
-            "pipeline_parallel_degree",
-            "sharding",
-            "sharding_parallel_degree",
-            "sharding_degree",
-            "sequence_parallel",
-            *UNBUILT_DEGREES,
-        ),
-    }
-    LIMITS: ClassVar[dict[str, dict[str, Any]]] = {
-        **{name: {"help": "More than 1 is not available yet."} for name in UNBUILT_DEGREES},
-        "tensor_parallel_degree": {"help": "Processes that share each large matrix; -1: 1."},
-        "pipeline_parallel_degree": {"help": "Processes that share the layers, one stage each; -1: 1."},
-        "sharding": {
-            "help": 'What processes with the same weights divide: "stage1" the optimizer, "stage2" also gradients, '
-            '"stage3" also parameters; "": nothing.'
-        },
-        "sharding_parallel_degree": {"help": "Processes that divide it; -1: all that the other degrees leave."},
-        "sharding_degree": {"help": "The same, by its old name."},
-        "sequence_parallel": {"help": "Divide norms' activations over tensor-parallel processes by tokens."},
-        "max_steps": {"ge": -1},
-        "seed": {"ge": 0, "lt": 2**32},
-        "per_device_train_batch_size": {"ge": 1},
-        "gradient_accumulation_steps": {"ge": 1},
-        "per_device_eval_batch_size": {"ge": 1},
-        "learning_rate": {"gt": 0},
-        "lr_scheduler_type": {"choices": SCHEDULES, "help": "Schedule of the learning rate."},
-        "warmup_ratio": {"ge": 0, "le": 1},
-        "warmup_steps": {"ge": 0},
-        "weight_decay": {"ge": 0},
-        "adam_beta1": {"ge": 0, "lt": 1},
-        "adam_beta2": {"ge": 0, "lt": 1},
-        "adam_epsilon": {"gt": 0},
-        "max_grad_norm": {"ge": 0, "help": "Gradients are scaled down to this norm; 0 turns clipping off."},
-        "num_train_epochs": {"gt": 0, "help": "Passes over the training data; max_steps replaces it."},
-        "bf16": {"help": "Train in bfloat16; without a GPU, in float32."},
-        "fp16": {"help": "Not available yet (it needs loss scaling); use bf16."},
-        "fp16_opt_level": {"choices": ("O1", "O2"), "help": "16-bit training: O2 also keeps the weights in 16 bits."},
-        "recompute": {"help": "Compute activations again in the backward pass to save memory."},
-        "eval_steps": {"ge": 1},
-        "metric_for_best_model": {
-            "help": "Metric of an evaluation, by its name in metrics.jsonl (loss means eval/loss), that says which "
-            "model is the best; its checkpoint is written at once and kept. Default where it is needed: loss."
-        },
-        "greater_is_better": {"help": "Of that metric; default: false if its name ends with loss."},
-        "load_best_model_at_end": {
-            "help": "Who loads the run's directory as a model gets the best checkpoint instead of the newest."
-        },
-        "save_steps": {"ge": 1},
-        "save_total_limit": {"ge": 1, "help": "Keep so many checkpoints, and the best."},
-        "use_async_save": {
-            "help": "Training goes on while a checkpoint is written; until it is, its content takes memory once more."
-        },
-        "output_dir": {"help": "Directory for checkpoints, metrics.jsonl, samples.jsonl and run.json."},
-        "logging_dir": {"help": "Directory of VisualDL and TensorBoard files; default: output_dir/runs."},
-    }
-    LEGACY: ClassVar[frozenset[str]] = frozenset(
-        # keys of PaddleNLP's own argument files that are no fields of its TrainingArguments
-        "use_flash_attention dataset_name_or_path task_name eval_with_do_generation save_generation_output lazy "
-        "recompute_granularity recompute_use_reentrant tensor_parallel_output autotuner_benchmark benchmark "
-        "use_fused_head_and_loss_fn fused_linear use_attn_mask_start_row_indices tokenizer_name_or_path "
-        "min_learning_rate critic_min_learning_rate decay_steps critic_decay_steps critic_recompute_granularity "
-        "kl_loss_coeff use_tgt_len_value per_device_rollout_batch_size eos_token use_rm_server chat_template stage "
-        "actor_tokenizer_alpha reward_tokenizer_alpha reward_critic_tokenizer_alpha".split()
-    )
+    INHERITED: ClassVar[dict[str, tuple[str, ...]]] = INHERITED
+    LIMITS: ClassVar[dict[str, dict[str, Any]]] = LIMITS
+    LEGACY: ClassVar[frozenset[str]] = LEGACY
 
     data_seed: int | None = argument(
         None, "Seed of the order of the data; default: seed.", group="Length of the run", ge=0, lt=2**32
@@ -258,72 +156,18 @@ class StageArguments(TrainingArguments):
         """Checks combinations, before any instance exists, and settles defaults that depend on other arguments."""
         resolve_layout(values, planned_processes(values))
         refuse_unbuilt(values, {name: (-1, 1) for name in UNBUILT_DEGREES})
-        refuse_unbuilt(
-            values,
-            {
-                "do_train": (True,),
-                "fp16": (False,),
-            },
-        )
-        _settle_lora(values)
+        refuse_unbuilt(values, {"do_train": (True,), "fp16": (False,)})
+        settle_lora(values)
         if values["data_seed"] is None:
             values["data_seed"] = values["seed"]
         if "all" in values["report_to"]:
             values["report_to"] = ["visualdl", "tensorboard", *values["report_to"]]
         values["report_to"] = [name for name in dict.fromkeys(values["report_to"]) if name not in ("all", "none")]
         check_installed(values["report_to"])
-        _validate_evaluation(values)
-        _settle_best(values)
+        validate_evaluation(values)
+        settle_best(values)
         if isinstance(values["resume_from_checkpoint"], bool):
             values["resume_from_checkpoint"] = "true" if values["resume_from_checkpoint"] else None
-
-
-def planned_processes(values: Mapping[str, Any]) -> int:
-    """Processes of the job; of a dry run that has only one, as many as the job's degrees ask for."""
-    started = process_count()
-    return least_processes(values) if values["dry_run"] and started == 1 else started
-
-
-def _settle_lora(values: dict[str, Any]) -> None:
-    values["lora_alpha"] = values["lora_alpha"] or 2 * values["lora_rank"]
-    values["lora_target_modules"] = list(dict.fromkeys(values["lora_target_modules"])) or list(LORA_TARGETS)
-    for name in ("num_layers_unfrozen", "critic_num_layers_unfrozen"):
-        if values["lora"] and values.get(name) not in (None, -1):
-            raise UsageError(f'"{name}": {values[name]} does not go with "lora": true; set it to null')
-
-
-def _validate_evaluation(values: dict[str, Any]) -> None:
-    if values["eval_datasets"] and values["eval_split_ratio"]:
-        raise UsageError('"eval_split_ratio": give it or "eval_datasets", not both')
-    has_data = values["eval_datasets"] or values["eval_split_ratio"]
-    strategy = getattr(values["evaluation_strategy"], "value", values["evaluation_strategy"])
-    if strategy != "no" and not has_data:
-        raise UsageError(
-            f'"evaluation_strategy": "{strategy}" needs held-out data: set "eval_datasets" or "eval_split_ratio"'
-        )
-    if strategy == "steps" and values["eval_steps"] is None:
-        raise UsageError('"evaluation_strategy": "steps" needs "eval_steps"')
-
-
-def _settle_best(values: dict[str, Any]) -> None:
-    wanted = [name for name in ("load_best_model_at_end", "early_stopping_patience") if values[name]]
-    name = values["metric_for_best_model"] or ("loss" if wanted else None)
-    if name is None:
-        return
-    if getattr(values["evaluation_strategy"], "value", values["evaluation_strategy"]) == "no":
-        key = "metric_for_best_model" if values["metric_for_best_model"] else wanted[0]
-        raise UsageError(f'"{key}": needs evaluations to compare; set "evaluation_strategy"')
-    values["metric_for_best_model"] = name = name if "/" in name else f"eval/{name.removeprefix('eval_')}"
-    if values["greater_is_better"] is None:
-        values["greater_is_better"] = not name.endswith("loss")
-
-
-def refuse_unbuilt(values: Mapping[str, Any], built: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises UsageError for the first argument whose value is not among those that work today."""
-    for name, allowed in built.items():
-        if values[name] not in allowed:
-            works = " or ".join(map(json.dumps, allowed))
-            raise UsageError(f'"{name}": {json.dumps(values[name])} is not available yet; what works today is {works}')
 
 
 @dataclass
