@@ -13,7 +13,7 @@ import pytest
 from alignment.ppo.models.loading import resolve_model_directory
 from tests.kill_campaign import assert_same
 from tests.stages import SCRIPTS, read_rows, write_project
-from tests.training.test_checkpoint import flip
+from tests.training.checkpoints import flip
 from tests.warm import Warm
 
 STEPS = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--lr_scheduler_type", "constant")

@@ -1,134 +1,19 @@
-"""The report on realistic output directories, and on incomplete and corrupt ones."""
+"""The report's pages on realistic output directories, and on incomplete and corrupt ones."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from alignment.report.answers import choose_steps, lay_out
-from alignment.report.plots import draw_stage, smooth
-from alignment.report.reading import Stage, read_stages
 from alignment.report.render import write_report
-from alignment.report.tables import compare_rewards, headline, verdict, with_error
+from alignment.report.tables import compare_rewards
 from alignment.runtime.faults import UsageError
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_ppo(directory, iterations=60, prompts=32):
-    """What a PPO run leaves: reward rises and saturates, KL grows, answers shorten, values start off badly."""
-    rng = np.random.default_rng(0)
-    skill, level = rng.normal(0, 0.8, prompts), lambda step: 1.1 * (1 - np.exp(-step / 25))
-    metrics, samples = [], []
-    for step in range(iterations + 1):
-        if step % 10 == 0:
-            rewards = skill + level(step) + rng.normal(0, 0.25, prompts)
-            metrics.append(
-                {
-                    "step": step,
-                    "eval/reward_mean": rewards.mean(),
-                    "eval/reward_sem": rewards.std(ddof=1) / prompts**0.5,
-                    "eval/kl_mean": 0.06 * step + 0.01,
-                    "eval/length_mean": 42 - 0.2 * step,
-                    "eval/truncated_rate": 0.4 - 0.004 * step,
-                }
-            )
-            samples += [
-                {
-                    "step": step,
-                    "prompt_id": 100 + i,
-                    "prompt": f"<|user|> What about <b>case {i}</b> | or *not*?\n<|assistant|>",
-                    "answer": f"Step {step} says\nhello & goodbye to {i} <script>alert(1)</script>",
-                    "reward": float(rewards[i]),
-                    "length": 40 - i % 7,
-                    "finished": i % 3 > 0,
-                }
-                for i in range(prompts)
-            ]
-        if step:
-            noise = rng.normal(0, 1, 8)
-            metrics.append(
-                {
-                    "step": step,
-                    "rollout/reward_mean": level(step) + 0.2 * noise[0],
-                    "objective/kl": 0.06 * step + 0.3 * abs(noise[1]),
-                    "rollout/length_mean": 42 - 0.2 * step + noise[2],
-                    "rollout/truncated_rate": np.clip(0.4 - 0.004 * step + 0.05 * noise[3], 0, 1),
-                    "loss/policy_avg": -0.02 + 0.01 * noise[4],
-                    "loss/value_avg": 0.6 * np.exp(-step / 12) + 0.05 * abs(noise[5]),
-                    "policy/entropy_avg": 2.1 - 0.012 * step + 0.03 * noise[6],
-                    "rewards/helpful": level(step) + 0.1 * noise[7],
-                    "rewards/length": -0.1 + 0.02 * noise[0],
-                    "timing_s/rollout": 4.1 + 0.2 * noise[1],
-                    "timing_s/score": 0.8,
-                    "memory_gb/score": 1.5,
-                    "timing_s/update": 2.6 + 0.1 * noise[2],
-                    "lr": 1e-5 * (1 - step / iterations),
-                }
-            )
-    write_lines(directory / "metrics.jsonl", metrics)
-    write_lines(directory / "samples.jsonl", samples)
-    run = {
-        "command": "run_ppo.py",
-        "arguments": {"kl_coeff": 0.05, "critic": {"lr": 1e-5}},
-        "versions": {"numpy": "1"},
-    }
-    (directory / "run.json").write_text(json.dumps(run))
-    return samples
-
-
-def write_rm(directory):
-    rows = [
-        {"step": s, "loss": 0.7 - 0.004 * s, "accuracy": 0.5 + 0.004 * s, "margin": 0.02 * s} for s in range(1, 51)
-    ]
-    rows += [{"step": s, "eval/accuracy": 0.5 + 0.003 * s, "eval/margin": 0.01 * s} for s in (0, 25, 50)]
-    write_lines(directory / "metrics.jsonl", rows)
-
-
-def write_sft(directory):
-    write_lines(directory / "metrics.jsonl", [{"step": s, "train/loss": 3 / s, "lr": 1e-4} for s in range(1, 11)])
-
-
-class Page(HTMLParser):
-    """Collects text, tags and image bytes; fails on tags that do not nest."""
-
-    VOID = ("meta", "link", "img", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.images, self.alts, self.text = [], [], [], [], ""
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "img":
-            named = dict(attributes)
-            kind, _, data = named["src"].partition(",")
-            assert kind == "data:image/png;base64"
-            self.images.append(Image.open(io.BytesIO(base64.b64decode(data))))
-            assert (int(named["width"]), int(named["height"])) == self.images[-1].size
-            self.alts.append(named["alt"])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+from tests.report_runs import Page, rows, write_lines, write_ppo, write_rm, write_sft
 
 
 def test_ppo_page_is_self_contained_and_complete(tmp_path):
@@ -177,66 +62,6 @@ def test_pipeline_has_a_section_per_stage_in_order(tmp_path):
     assert "0.65" in page.text  # the reward model's last held-out accuracy
 
 
-def test_a_judge_has_its_rows_and_plots(tmp_path):
-    write_lines(
-        tmp_path / "metrics.jsonl",
-        [
-            {
-                "step": step,
-                "eval/reward_mean": 0.5,
-                "eval/judge_reward_mean": 0.25 * step,
-                "eval/judge_reward_sem": 0.125,
-                "eval/win_rate": 0.5 + 0.1 * step,
-                "eval/win_rate_sem": 0.05 * step,
-            }
-            for step in range(3)
-        ],
-    )
-    (stage,) = read_stages(tmp_path)
-    assert [picture.key for picture in draw_stage(stage)] == ["reward", "judge", "win_rate"]
-    judge, wins = headline(stage)[1:]
-    assert (judge["start"], judge["final"], judge["change"]) == ("0.00 ± 0.12", "0.50 ± 0.12", "+0.5")
-    assert wins["label"].startswith("Win rate") and (wins["start"], wins["final"]) == ("0.5 ± 0", "0.70 ± 0.10")
-
-
-def rows(step, rewards):
-    return [
-        {"step": step, "prompt_id": i, "prompt": "p", "answer": "a", "reward": reward} for i, reward in rewards.items()
-    ]
-
-
-def test_paired_standard_error_by_hand():
-    """Differences 1, 2, 3: mean 2, std(ddof=1) 1, standard error 1/sqrt(3), ratio 2 sqrt(3)."""
-    samples = rows(0, {1: 0.0, 2: 10.0, 3: -5.0}) + rows(5, {1: 9.0, 2: 9.0}) + rows(9, {3: -2.0, 2: 12.0, 1: 1.0})
-    paired = compare_rewards(samples)
-    assert (paired.count, paired.difference) == (3, 2.0)
-    assert paired.standard_error == pytest.approx(3**-0.5)
-    assert paired.ratio == pytest.approx(2 * 3**0.5)
-
-
-def test_paired_prompts_are_those_of_both_steps_and_answers_are_averaged():
-    samples = rows(0, {1: 0.0, 2: 0.0, 8: 100.0}) + rows(4, {1: 2.0, 2: 1.0, 9: 100.0}) + rows(4, {1: 4.0})
-    paired = compare_rewards(samples)
-    assert (paired.count, paired.difference) == (2, 2.0)  # prompt 1: (2 + 4) / 2 - 0 = 3, prompt 2: 1
-
-
-@pytest.mark.parametrize(
-    ("samples", "sentence"),
-    [
-        ([], ""),
-        (rows(0, {1: 1.0}), ""),
-        (rows(0, {1: 1.0}) + rows(1, {2: 1.0}), ""),
-        (rows(0, {1: 1.0}) + rows(1, {1: float("nan")}), ""),
-        (rows(0, {1: 1.0}) + rows(1, {1: 3.0}), "changed by +2; a standard error cannot be computed."),
-        (rows(0, {1: 1.0, 2: 2.0}) + rows(1, {1: 3.0, 2: 4.0}), "changed by +2; a standard error cannot be computed."),
-        (rows(0, {1: 1.0, 2: 2.0}) + rows(1, {1: 0.0, 2: -1.0}), "of 1: 2 standard errors below the start."),
-    ],
-)
-def test_verdict_claims_no_more_than_the_samples_allow(samples, sentence):
-    assert verdict(compare_rewards(samples)).endswith(sentence)
-    assert bool(verdict(compare_rewards(samples))) == bool(sentence)
-
-
 def test_the_same_prompts_are_shown_at_several_steps_and_of_several_runs():
     assert choose_steps([0, 8, 2, 4, 6, 8], 4) == [0, 2, 6, 8] and choose_steps([3], 4) == [3]
     own = rows(0, {7: 0.1, 3: 0.2, 5: 0.3}) + rows(1, {7: 9.0}) + rows(2, {5: 0.4, 3: 0.5, 7: 0.6})
@@ -252,42 +77,6 @@ def test_what_a_template_puts_around_all_prompts_is_left_out_and_long_texts_are_
     items = lay_out({"": samples})
     assert [item["prompt"] for item in items] == ["<user> Adele?", "<user> Bach?"]
     assert items[0]["runs"][0]["cells"][0]["answer"] == "x" * 1200 + " … (300 more characters)"
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [(1.5569, 0.1165, "1.56 ± 0.12"), (24.95, 1.23, "24.9 ± 1.2"), (8e-5, 7e-6, "8e-05 ± 7e-06"), (2, 0, "2 ± 0")],
-)
-def test_a_value_is_as_precise_as_its_standard_error(value, error, text):
-    assert with_error(value, error) == text
-
-
-def test_resumed_run_counts_each_step_once_and_gaps_are_skipped(tmp_path):
-    metrics = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 9.5}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": None}]
-    write_lines(tmp_path / "metrics.jsonl", metrics)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": NaN}\n{"step": 5, "lo')
-    (stage,) = read_stages(tmp_path)
-    steps, values = stage.series("loss")
-    assert (steps.tolist(), values.tolist()) == ([1, 2], [9.0, 2.0])
-    assert any("last line of metrics.jsonl is incomplete" in note for note in stage.notes)
-    assert headline(stage) == [
-        {"label": "Training loss (nats per token)", "start": "9", "final": "2", "change": "-7"},
-    ]
-
-
-def test_smoothing_neither_lags_nor_invents():
-    line = np.arange(100.0)
-    np.testing.assert_allclose(smooth(line)[5:-5], line[5:-5])
-    jitter = np.where(np.arange(100) % 2, 1.0, -1.0)
-    assert np.abs(smooth(jitter)).max() < 0.4
-    assert smooth(line)[0] == 2.5  # the mean of the first six
-
-
-def test_only_what_exists_is_drawn(tmp_path):
-    assert draw_stage(Stage(tmp_path, "ppo", {"eval/unknown": {1: 1.0}})) == []
-    pictures = draw_stage(Stage(tmp_path, "ppo", {"timing_s/rollout": {7: 1.0}, "eval/kl_mean": {0: 0.0}}))
-    assert [picture.key for picture in pictures] == ["kl", "timing"]
 
 
 GOOD = '{"step": 1, "loss": 1}\n'
@@ -353,44 +142,3 @@ def test_command(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "report.html"))
     failed = subprocess.run([*command, str(tmp_path / "absent")], capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr == f"error: {tmp_path / 'absent'}: no such directory\n"
-
-
-def test_logged_answers(tmp_path):
-    """A run on logged answers is told from an online one, with and without answers of its own."""
-    rows = [
-        {"step": 0, "eval/loss": 3.0, "eval/reward_mean": 0.1, "eval/reward_sem": 0.05, "eval/kl_mean": 0.0},
-        {"step": 1, "loss/value_avg": 0.9, "logged/score_mean": 0.4},
-        {"step": 2, "loss/policy_avg": 2.5, "logged/answers": 8, "logged/score_mean": 0.4, "lr": 1e-4},
-        {"step": 2, "eval/loss": 2.0, "eval/reward_mean": 0.3, "eval/reward_sem": 0.05, "eval/kl_mean": 0.7},
-    ]
-    write_lines(tmp_path / "metrics.jsonl", rows)
-    (stage,) = read_stages(tmp_path)
-    assert stage.kind == "offline" and stage.title.startswith("Logged answers")
-    assert {picture.key for picture in draw_stage(stage)} == {
-        *("reward", "kl", "policy_loss", "value_loss", "lr", "frontier")
-    }
-    changes = {row["label"]: row["change"] for row in headline(stage)}
-    assert changes["Held-out reward"] == "+0.2" and changes["Loss on held-out logged answers"] == "-1"
-
-
-def test_policy_updates(tmp_path):
-    """DPO and RRHF are told by their metrics, RJS, which is supervised tuning, by what run.json says."""
-    for update, names in {
-        "dpo": ("loss", "accuracy", "rewards/chosen", "rewards/margin", "logps/chosen", "log_ratio"),
-        "rrhf": ("loss", "accuracy", "rank_loss", "sft_loss", "logps/chosen", "logps/rejected"),
-        "rjs": ("loss", "perplexity"),
-    }.items():
-        held_out = [{"step": step, **{f"eval/{name}": 1.0 + step for name in names}} for step in (0, 2)]
-        write_lines(tmp_path / update / "metrics.jsonl", [*held_out, {"step": 1, **dict.fromkeys(names, 0.5)}])
-    (tmp_path / "rjs" / "run.json").write_text(json.dumps({"stage": "update"}))
-    drawn = {}
-    for stage in read_stages(tmp_path):
-        assert stage.title == f"Policy update ({stage.directory.name})"
-        drawn[stage.directory.name] = [picture.key for picture in draw_stage(stage)]
-    assert drawn == {
-        "dpo": ["loss", "accuracy", "margin", "rewards", "logps", "log_ratio"],
-        "rrhf": ["loss", "accuracy", "logps", "rank_loss", "sft_loss"],
-        "rjs": ["loss"],
-    }
-    changes = {row["label"]: row["change"] for row in headline(read_stages(tmp_path / "dpo")[0])}
-    assert changes["Held-out accuracy"] == changes["Held-out margin of the implicit reward"] == "+2"

@@ -15,7 +15,7 @@ from alignment.report.groups import differences, group_runs, shorten
 from alignment.report.overview import compare_groups, duration, overview
 from alignment.report.reading import read_stages
 from alignment.runtime.faults import UsageError
-from tests.test_report import Page, write_lines
+from tests.report_runs import Page, write_lines
 
 
 def write_run(directory, rewards, seed=1, stage="ppo", **arguments):
