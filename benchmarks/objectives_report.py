@@ -60,7 +60,8 @@ def draw(result: dict, path: Path) -> None:
     figure, ((reward, wins), (kl, frontier)) = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
     panels = ((reward, "judge_reward", "judge's reward"), (wins, "win_rate", "win rate against the initial policy"))
     for number, (name, found) in enumerate(result["objectives"].items()):
-        label, colour = f"{name}, {describe(found['best'])}", color_of(number)
+        label = ", ".join(filter(None, (name, describe(found["best"]))))
+        colour = color_of(number)
         for axes, metric, title in (*panels, (kl, "kl", "KL to the initial policy, nats an answer")):
             draw_band(axes, np.array(found["runs"][0]["time"]), _over_runs(found["runs"], metric), label, colour)
             axes.set(title=title, xlabel=result["unit"])
