@@ -9,6 +9,7 @@ machine should do nothing else meanwhile.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -72,6 +73,7 @@ def compare(name: str, make: Callable, models: list[paddle.nn.Layer]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     configure_paddle("cpu")
     with mock.patch.object(loading, "speed_up_on_cpu", lambda model: None):
         own_forms = loading.load_policy("default")

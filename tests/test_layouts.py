@@ -5,8 +5,8 @@ reward models, PPO, APA, AWR, logged answers; Llama and Qwen2 with grouped-query
 an uneven last batch, partial freezing, evaluation), and is compared with the launch of a single process: metrics,
 sampled tokens, and weights of every checkpoint.
 
-    python -m pytest tests -m layouts         every layout on six scenarios, some with LoRA; part of the whole suite
-    python -m pytest tests -m layouts_full    more layouts, each on all scenarios
+    python -m pytest tests -m layouts         sets of scenarios in their own layouts; part of the whole suite
+    python -m pytest tests -m layouts_full    more layouts for every set
 """
 
 from __future__ import annotations

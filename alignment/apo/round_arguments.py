@@ -61,7 +61,7 @@ class RoundArguments:
         None, "Reward model to evaluate by, instead of one trained on testing_reward_datasets.", group="Model"
     )
     preference_datasets: str = argument(
-        "", "People's pairs for each round's reward model: name[:proportion[:path]], ...", group="Data"
+        "", "People's pairs for each round's reward model (required): name[:proportion[:path]], ...", group="Data"
     )
     golden_datasets: str | None = argument(
         None,
@@ -70,10 +70,10 @@ class RoundArguments:
         group="Data",
     )
     policy_datasets: str = argument(
-        "", "Prompts to update the policy on: data sets, or a file of queries.", group="Data"
+        "", "Prompts to update the policy on (required): data sets, or a file of queries.", group="Data"
     )
     eval_datasets: str = argument(
-        "", "Held-out pairs: reward models are measured on them, policies on their prompts.", group="Data"
+        "", "Held-out pairs (required): reward models are measured on them, policies on their prompts.", group="Data"
     )
     testing_reward_datasets: str | None = argument(
         None, "Pairs to train the testing reward model on: all that there are.", group="Data"

@@ -147,8 +147,8 @@ class TrainingArguments(StageArguments):
     )
     offload_level: str = argument(
         "",
-        "What leaves the device between the phases that use it, a space between the words: freeze_model (reward model "
-        "and reference), optimizer (its state), train_model (weights of actor and critic).",
+        "What leaves the device between the phases that use it, a space between the words: freeze_model (reward "
+        "model, reference and judge), optimizer (its state), train_model (weights of actor and critic).",
         group="Precision and memory",
     )
 

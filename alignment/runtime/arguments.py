@@ -49,8 +49,9 @@ def resolve(argv: Sequence[str], groups: Sequence[type], program: str | None = N
     """
     known = {argument.name: argument for group in groups for argument in arguments_of(group)}
     given = _read_sources(list(argv), known, groups, program)
-    printing = given.pop(PRINT, None)
-    values: dict[str, Any] = {}
+    printing = PRINT in given
+    given.pop(PRINT, None)
+    values: dict[str, Any] = {PRINT: printing}  # whoever prints need not have started the job's processes
     for name, argument in known.items():
         if name in given:
             source, value = given[name]
@@ -62,6 +63,7 @@ def resolve(argv: Sequence[str], groups: Sequence[type], program: str | None = N
     for group in groups:
         if hasattr(group, "validate"):
             group.validate(values)
+    del values[PRINT]
     idle = [n for n in given if n in known and known[n].group == UNUSED_GROUP and values[n] != known[n].default]
     _notify_without_effect(idle + [name for name in given if name not in known])
     if printing:

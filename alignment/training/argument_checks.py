@@ -12,9 +12,10 @@ from alignment.runtime.faults import UsageError, process_count
 
 
 def planned_processes(values: Mapping[str, Any]) -> int:
-    """Processes of the job; of a dry run that has only one, as many as the job's degrees ask for."""
+    """Processes of the job; of one that is only rehearsed or printed, and has one, as many as its degrees ask for."""
     started = process_count()
-    return least_processes(values) if values["dry_run"] and started == 1 else started
+    is_planned = values["dry_run"] or values.get("print_config", False)
+    return least_processes(values) if is_planned and started == 1 else started
 
 
 def settle_lora(values: dict[str, Any]) -> None:

@@ -176,7 +176,7 @@ class DataArguments:
 
     train_datasets: str | dict[str, Any] = argument(
         "",
-        'Data sets to train on: "name[:proportion[:path]], ..." or a mapping {"name": proportion}.',
+        'Data sets to train on (required): "name[:proportion[:path]], ..." or a mapping {"name": proportion}.',
         group="Data",
     )
     eval_datasets: str | dict[str, Any] | None = argument(

@@ -70,11 +70,15 @@ LIMITS: dict[str, dict[str, Any]] = {
     "sharding_parallel_degree": {"help": "Processes that divide it; -1: all that the other degrees leave."},
     "sharding_degree": {"help": "The same, by its old name."},
     "sequence_parallel": {"help": "Divide norms' activations over tensor-parallel processes by tokens."},
-    "max_steps": {"ge": -1},
+    "max_steps": {"ge": -1, "help": "Optimizer steps, of PPO iterations; -1: what num_train_epochs gives."},
     "seed": {"ge": 0, "lt": 2**32},
-    "per_device_train_batch_size": {"ge": 1},
-    "gradient_accumulation_steps": {"ge": 1},
-    "per_device_eval_batch_size": {"ge": 1},
+    "per_device_train_batch_size": {
+        "ge": 1,
+        "help": "Samples of a forward and backward pass, for each share of the data: processes that divide a model "
+        "(tensor, pipeline) have one share.",
+    },
+    "gradient_accumulation_steps": {"ge": 1, "help": "Such passes for an optimizer step."},
+    "per_device_eval_batch_size": {"ge": 1, "help": "Samples of a pass that does not train, for each share."},
     "learning_rate": {"gt": 0},
     "lr_scheduler_type": {"choices": SCHEDULES, "help": "Schedule of the learning rate."},
     "warmup_ratio": {"ge": 0, "le": 1},
@@ -89,7 +93,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "fp16": {"help": "Not available yet (it needs loss scaling); use bf16."},
     "fp16_opt_level": {"choices": ("O1", "O2"), "help": "16-bit training: O2 also keeps the weights in 16 bits."},
     "recompute": {"help": "Compute activations again in the backward pass to save memory."},
-    "eval_steps": {"ge": 1},
+    "eval_steps": {"ge": 1, "help": "Evaluate every so many steps, of PPO iterations."},
     "metric_for_best_model": {
         "help": "Metric of an evaluation, by its name in metrics.jsonl (loss means eval/loss), that says which "
         "model is the best; its checkpoint is written at once and kept. Default where it is needed: loss."
@@ -98,11 +102,12 @@ LIMITS: dict[str, dict[str, Any]] = {
     "load_best_model_at_end": {
         "help": "Who loads the run's directory as a model gets the best checkpoint instead of the newest."
     },
-    "save_steps": {"ge": 1},
+    "save_steps": {"ge": 1, "help": "Write a checkpoint every so many steps, of PPO iterations."},
     "save_total_limit": {"ge": 1, "help": "Keep so many checkpoints, and the best."},
     "use_async_save": {
         "help": "Training goes on while a checkpoint is written; until it is, its content takes memory once more."
     },
+    "overwrite_output_dir": {"help": "Remove what an earlier run left in output_dir, and start anew."},
     "output_dir": {"help": "Directory for checkpoints, metrics.jsonl, samples.jsonl and run.json."},
     "logging_dir": {"help": "Directory of VisualDL and TensorBoard files; default: output_dir/runs."},
 }

@@ -131,6 +131,13 @@ def test_the_command_says_that_it_fits():
     assert done.stdout.endswith("fits: update needs 62.7 GB of a device's 80, the most of all phases\n")
 
 
+@pytest.mark.parametrize("name", ["apa", "awr", "bc", "ilql"])
+def test_files_of_logged_answers_are_known_by_their_arguments(name):
+    options, _ = read_arguments([f"{ROOT}/config/smollm2/offline_{name}_argument.json", "--processes", "1"])
+    assert options.stage == "offline"
+    assert read_arguments([f"{ROOT}/{PPO_FILE}", "--processes", "1"])[0].stage is None
+
+
 def test_the_command_warns_in_one_line_and_a_status():
     done = run(PPO_FILE, *CONFIG_7B, *LAYOUT, "--device_memory_gb", "60", "--markdown")
     assert done.returncode == 1

@@ -36,7 +36,10 @@ class Options:
     processes: int = field(metadata={"help": "Processes of the job, one device each.", "group": _OWN, "ge": 1})
     device_memory_gb: float = argument(80.0, "Memory of one device, in GB of 1e9 bytes.", group=_OWN, gt=0)
     stage: str | None = argument(
-        None, "Which script the file is for; default: ppo if the file names an actor.", group=_OWN, choices=STAGES
+        None,
+        "Which script the file is for; default, if it names an actor: offline with that script's arguments, else ppo.",
+        group=_OWN,
+        choices=STAGES,
     )
     model_config: str | None = argument(
         None,
@@ -133,6 +136,8 @@ def read_arguments(argv: Sequence[str], program: str | None = None) -> tuple[Opt
         raise UsageError(f"command line: {rest[0]}: nothing that the plan reads; --help lists what it does")
     given |= {name: (f"command line: --{name}", known[name].read_text(raw)) for name, raw in vars(parsed).items()}
     values = {name: _check(known[name], value, source) for name, (source, value) in given.items()}
+    if "critic_training" in values or values.get("policy_loss") in ("bc", "ilql"):
+        values.setdefault("stage", "offline")
     if "processes" not in values:
         raise UsageError(f"command line: --processes: required ({options['processes'].help})")
     return Options(**{n: v for n, v in values.items() if n in options}), Sizes.of(values)
