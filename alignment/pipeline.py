@@ -1,7 +1,7 @@
 """``python -m alignment.pipeline``: SFT -> reward model -> online RL -> exported policy -> report, one after another.
 
 Every step is the command that a user would type, and is printed as such. Steps that are finished are not run again,
-so an interrupted pipeline goes on where it stopped.
+so an interrupted pipeline goes on where it stopped; from a step whose arguments have changed it begins anew.
 """
 
 from __future__ import annotations
@@ -9,14 +9,28 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from alignment.runtime.arguments import read_json_object
 from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import run_main
 from alignment.runtime.steps import CHECKOUT, Step, StepRunner, TrainingStep, shorten
 from alignment.runtime.termination import stoppable
 
 RECORD = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class StageStep(TrainingStep):
+    """A stage whose arguments are a user's file, which may change between two runs."""
+
+    argument_file: Path = Path()
+
+    def describe(self) -> dict[str, Any]:
+        """The command, and what stands in the file."""
+        return super().describe() | read_json_object(self.argument_file)
 
 
 def main() -> None:
@@ -42,9 +56,10 @@ def plan(options: argparse.Namespace, output: Path) -> list[Step]:
     rl, config = options.objective, CHECKOUT / "config" / options.model
 
     def stage(name: str, script: str, *more: str) -> Step:
-        files = [str(shorten(path)) for path in (CHECKOUT / "alignment" / script, config / f"{name}_argument.json")]
+        arguments = config / f"{name}_argument.json"
+        files = [str(shorten(path)) for path in (CHECKOUT / "alignment" / script, arguments)]
         shared = ["--output_dir", str(output / name), "--seed", options.seed, "--overwrite_output_dir", "true"]
-        return TrainingStep(name, shlex.join([*files, *more, *shared]))
+        return StageStep(name, shlex.join([*files, *more, *shared]), argument_file=arguments)
 
     start = ["--actor_model_name_or_path", str(output / "sft"), "--reward_model_name_or_path", str(output / "rm")]
     policy, exported = output / rl / "policy", output / "exported"

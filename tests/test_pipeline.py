@@ -56,6 +56,12 @@ def test_pipeline(project):
         f"already done: {step}" for step in STEPS
     ]
 
+    file = project / "config" / "apa_argument.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_steps": 2}))
+    status, shown = run_pipeline(project)
+    assert status == 0 and "already done: rm" in shown and "already done: apa" not in shown
+    assert max(row["step"] for row in read_rows(out / "apa" / "samples.jsonl")) == 2
+
     (project / "config" / "rm_argument.json").write_text(json.dumps(ARGUMENTS["rm"] | {"max_steps": 0.5}))
     status, shown = run_pipeline(project, "--seed", "2")  # a bad argument in the second stage
     assert status == 2
