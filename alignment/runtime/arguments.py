@@ -49,8 +49,7 @@ def resolve(argv: Sequence[str], groups: Sequence[type], program: str | None = N
     """
     known = {argument.name: argument for group in groups for argument in arguments_of(group)}
     given = _read_sources(list(argv), known, groups, program)
-    printing = PRINT in given
-    given.pop(PRINT, None)
+    printing = given.pop(PRINT, None) is not None
     values: dict[str, Any] = {PRINT: printing}  # whoever prints need not have started the job's processes
     for name, argument in known.items():
         if name in given:
