@@ -23,7 +23,7 @@ RECORD = "pipeline.json"
 
 
 @dataclass(frozen=True)
-class StageStep(TrainingStep):
+class UserFileStep(TrainingStep):
     """A stage whose arguments are a user's file, which may change between two runs."""
 
     argument_file: Path = Path()
@@ -59,7 +59,7 @@ def plan(options: argparse.Namespace, output: Path) -> list[Step]:
         arguments = config / f"{name}_argument.json"
         files = [str(shorten(path)) for path in (CHECKOUT / "alignment" / script, arguments)]
         shared = ["--output_dir", str(output / name), "--seed", options.seed, "--overwrite_output_dir", "true"]
-        return StageStep(name, shlex.join([*files, *more, *shared]), argument_file=arguments)
+        return UserFileStep(name, shlex.join([*files, *more, *shared]), argument_file=arguments)
 
     start = ["--actor_model_name_or_path", str(output / "sft"), "--reward_model_name_or_path", str(output / "rm")]
     policy, exported = output / rl / "policy", output / "exported"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from alignment.ppo.models.loading import resolve_model_directory
 from tests.kill_campaign import assert_same
-from tests.stages import SCRIPTS, read_rows, write_project
+from tests.stages import CHECKOUT, SCRIPTS, read_rows, write_project, write_reward_model
 from tests.training.checkpoints import flip
 from tests.warm import Warm
 
@@ -23,7 +24,9 @@ LONG = ("--max_steps", 5000, "--save_strategy", "no", "--lr_scheduler_type", "co
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return write_project(tmp_path_factory.mktemp("project"))
+    folder = write_project(tmp_path_factory.mktemp("project"))
+    write_reward_model(folder / "reward")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,34 @@ def test_sigterm_saves_and_a_second_run_goes_on(project, warm, train, processes)
     assert train("uninterrupted", *constant, *saves, processes=processes)[0] == [0] * processes
     assert_same(project / "uninterrupted", output)
     subprocess.run(["rm", "-r", str(project / "uninterrupted")], check=True)
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        ("sample", ("--model_name_or_path", "model", "--max_new_tokens", 6, "--per_device_prompt_batch_size", 1)),
+        ("score", ("--reward_model_name_or_path", "reward", "--per_device_eval_batch_size", 1)),
+    ],
+)
+def test_sigterm_keeps_the_finished_batches_of_a_tool(project, warm, tool, options):
+    """Of a command that trains nothing: a second run ends with the bytes of an uninterrupted one."""
+    samples = [{"query_id": i, "query": f"Say {'cat ' * (i % 5)}", "sample_0": "cat"} for i in range(200)]
+    (project / "samples.json").write_text(json.dumps(samples))
+    script = CHECKOUT / f"alignment/apo/run_{tool}.py"
+    command = (script, "--input_file", "samples.json", "--max_prompt_len", 24, *options)
+    output, whole = project / f"{tool}.jsonl", project / f"{tool}_whole.jsonl"
+    partial = output.with_name(f"{output.name}.partial.jsonl")
+    job = warm.start(project, *command, "--output_file", output.name)
+    while not partial.exists() or partial.read_text().count("\n") < 3:
+        time.sleep(0.01)
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [75], job.shown
+    assert "stopped: SIGTERM; finished batches are kept, to go on run the same command again" in job.shown
+    assert not output.exists() and not errors_in(job.shown)
+    again = warm.run(project, *command, "--output_file", output.name)
+    assert again.wait() == [0] and "finished results" in again.shown, again.shown
+    assert warm.run(project, *command, "--output_file", whole.name).wait() == [0]
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_sigterm_before_the_first_step(project, warm):

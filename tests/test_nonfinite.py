@@ -4,6 +4,7 @@ absurd learning rate. One line names step, phase, rank and samples; or the step 
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -35,11 +36,30 @@ def project(tmp_path_factory):
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"][vocabulary["~"]] = np.inf
     save_file(weights, model / "model.safetensors", {"format": "pt"})
+    write_model_of_one_bad_gradient(folder / "steep", vocabulary["~"])
     texts = [{"prompt": f"Say {'cat' * place}", "answer": "cat"} for place in range(8)]
     texts[BAD] = {"prompt": "Say please ~ please please", "answer": "cat"}
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     (folder / "nan_once.py").write_text(NAN_ONCE)
     return folder
+
+
+def write_model_of_one_bad_gradient(folder, token):
+    """A model in which every loss is finite, but not the gradient of a text with ``token``.
+
+    Its lower layer multiplies 0 and 1e30, which one token alone brings up to there, and so the 0 has a gradient of
+    1e30 times 1e15.
+    """
+    file = write_tiny_model(folder, tied=False) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][:, 0] = 0
+    weights["model.embed_tokens.weight"][token, 0] = 1
+    lower = "model.layers.0."
+    weights[lower + "self_attn.o_proj.weight"][0] = 0
+    for name, value in {"gate": 0, "up": [1e30, *[0] * (weights[lower + "mlp.up_proj.weight"].shape[1] - 1)]}.items():
+        weights[f"{lower}mlp.{name}_proj.weight"][0] = value
+    weights[lower + "mlp.down_proj.weight"][:, 0] = 1e15
+    save_file(weights, file, {"format": "pt"})
 
 
 def learn_texts(project, out, *more, processes=0):
@@ -72,6 +92,16 @@ def test_every_layout_names_the_rank(project, layout):
     assert status == 1
     ranks = "rank 0, sample 5; rank 1, sample 5" if options[0] == PP2[1] else "rank 1, sample 5"
     assert f"training: the loss of the model is not finite (nan): {ranks}; look at" in error_of(shown)
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize("sharding", ["stage1", "stage2", "stage3"])
+def test_a_bad_gradient_of_a_finite_loss_is_its_rank_s(project, sharding):
+    options = ("--model_name_or_path", "steep", "--num_layers_unfrozen", 2, "--sharding", sharding, *DP2[1:])
+    status, shown = learn_texts(project, f"gradient_{sharding}", *options, processes=2)
+    assert status == 1
+    found = re.search(r"the gradient of the model is not finite .*: rank 1, samples (\d), (\d); ", shown)
+    assert found and BAD in map(int, found.groups()), shown
 
 
 @pytest.mark.layouts

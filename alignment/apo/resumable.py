@@ -15,6 +15,8 @@ from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import is_main_process
 
+STOPPED = "SIGTERM; finished batches are kept, to go on run the same command again"  # for ``stoppable``
+
 
 class ResumableOutput:
     """Results by name, kept in ``<output>.partial.jsonl`` batch by batch until they are all there.

@@ -61,6 +61,7 @@ class Shards:
         self.divided = {p.name for layer in self.layers for p in layer.parameters()}
         self.is_whole = not self.divided
         self.home: Home = nullcontext
+        self._look: Callable[[paddle.Tensor], None] | None = None  # see ``looking_at_gradients``
         for layer in self.layers:
             _bring_when_called(layer, self)
             self._release(layer.parameters())
@@ -77,6 +78,8 @@ class Shards:
         for member, owned in self._by_owner(p for p in parameters if not p.stop_gradient):
             for bucket in buckets(owned):
                 flat = flatten([p.grad if p.grad is not None else paddle.zeros(p.shape) for p in bucket])
+                if self._look is not None:
+                    self._look(flat)
                 dist.reduce(flat, dst=self.group.ranks[member], group=self.group)
                 for parameter in bucket:
                     parameter.clear_gradient(False)
@@ -88,6 +91,15 @@ class Shards:
         for parameter, part in zip(bucket, parts, strict=True):
             part, before = part.reshape(parameter.shape), self.sums.get(parameter.name)
             self.sums[parameter.name] = part if before is None else before + part
+
+    @contextmanager
+    def looking_at_gradients(self, look: Callable[[paddle.Tensor], None]) -> Iterator[None]:
+        """Within it, ``look`` sees each float32 [N] of this process's own gradients before they join the others'."""
+        self._look = look
+        try:
+            yield
+        finally:
+            self._look = None
 
     def sit_out(self) -> None:
         """Take part in the collectives of a forward and backward pass of others, with nothing to compute."""

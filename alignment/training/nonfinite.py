@@ -89,8 +89,6 @@ def describe_bad_step(engine: TrainingEngine, loss: float, norm: float) -> str:
     culprits = [culprit for found in gather_objects(own, "world") for culprit in found]
     advice = f'look at these samples, lower "learning_rate" ({engine.peak_learning_rate:g})'
     nobody = "no single micro-batch alone: their sum is too large for a float"
-    if engine.shards.stage >= 2:
-        nobody = "some rank's samples, whose gradients are summed at once where they are sharded"
     return tell_fault(quantity, value, culprits, advice, nobody)
 
 
@@ -118,9 +116,8 @@ def _rerun(engine: TrainingEngine) -> list[Culprit]:
     found = []
     for micro_batches, idle_rounds in list(engine.seen):
         for micro in micro_batches:
-            engine.discard()
-            ((loss, rows),) = engine.accumulate([micro._replace(finish=partial(_examine, micro))])
-            if not math.isfinite(loss) or not _has_finite_gradients(engine):
+            loss, rows, has_finite_gradients = _run_alone(engine, micro)
+            if not math.isfinite(loss) or not has_finite_gradients:
                 samples = [micro.samples[row] for row in rows] or micro.samples
                 found.append(Culprit(topology().rank, tuple(samples)))
         engine.discard()
@@ -129,19 +126,22 @@ def _rerun(engine: TrainingEngine) -> list[Culprit]:
     return found
 
 
+def _run_alone(engine: TrainingEngine, micro: MicroBatch) -> tuple[float, list[int], bool]:
+    """A micro-batch's loss, its rows whose hidden states are not finite, and whether its own gradients are."""
+    engine.discard()
+    sent: list[bool] = []  # from sharding stage 2 on gradients leave for their owners at once, who sum them
+    with engine.shards.looking_at_gradients(lambda flat: sent.append(_is_finite(flat))):
+        ((loss, rows),) = engine.accumulate([micro._replace(finish=partial(_examine, micro))])
+    kept = (_is_finite(parameter.grad) for parameter in engine.parameters if parameter.grad is not None)
+    return loss, rows, all(sent) and all(kept)
+
+
 def _examine(micro: MicroBatch, hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[float, list[int]]]:
     """The loss, and as report its value and the rows whose hidden states [B, L, H] are not finite."""
     loss, _ = micro.finish(hidden)
     if hidden.shape[0] != len(micro.samples):  # a sample may have several rows
         return loss, (float(loss), [])
     return loss, (float(loss), [row for row in range(len(micro.samples)) if not _is_finite(hidden[row])])
-
-
-def _has_finite_gradients(engine: TrainingEngine) -> bool:
-    """Of this process's samples; from stage 2 on an owner has only the sum over others' too, and nothing is said."""
-    if engine.shards.stage >= 2:
-        return True
-    return all(p.grad is None or _is_finite(p.grad) for p in engine.parameters)
 
 
 def _is_finite(tensor: paddle.Tensor) -> bool:
