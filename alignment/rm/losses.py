@@ -20,13 +20,6 @@ from alignment.ppo.losses import masked_mean, masked_sum, mean_variance
 APO_LOSS_TYPES = ("ranking", "diff")
 
 
-class PairCounts(NamedTuple):
-    """How many pairs of either kind: the denominators of the two terms of ``comparison_loss``."""
-
-    human: int
-    apo: int
-
-
 class Objective(NamedTuple):
     """What the two kinds of pairs weigh, in the names of APO's code, and the loss of APO's."""
 
@@ -68,17 +61,19 @@ def pair_losses(margins: Tensor, is_diff: Tensor | None = None) -> Tensor:
     return losses if is_diff is None else paddle.where(is_diff, -margins, losses)
 
 
-def comparison_loss(losses: Tensor, is_apo: Tensor, counts: PairCounts, objective: Objective) -> Tensor:
-    """rm_kl_coeff * mean over human pairs + apo_loss_coeff / apo_sample_num * mean over APO pairs; a scalar.
+def comparison_loss(losses: Tensor, is_apo: Tensor, denominator: float, objective: Objective) -> Tensor:
+    """Sum of weight * loss over ``denominator``, a scalar; a pair weighs rm_kl_coeff, or apo_loss_coeff /
+    apo_sample_num if it is APO's.
 
-    APO's equation 17, its first term being what stands for the KL to people's preferences. Each mean has a
-    denominator of its own; a kind without pairs adds 0.
+    APO's equation 17 with the weights of the authors' commands, whose items are a batch each: what a pair weighs does
+    not depend on the kinds of those beside it. People's pairs are what stands for the KL to their preferences.
 
-    Args: losses: [P], of ``pair_losses`` or ``token_pair_losses``; is_apo: bool [P]; counts: of the optimizer step.
+    Args: losses: [P], of ``pair_losses`` or ``token_pair_losses``; is_apo: bool [P]; denominator: all pairs of the
+        optimizer step, of both kinds.
     """
-    human = masked_mean(losses, ~is_apo, counts.human)
-    apo = masked_mean(losses, is_apo, counts.apo)
-    return objective.rm_kl_coeff * human + objective.apo_loss_coeff / objective.apo_sample_num * apo
+    human, apo = objective.rm_kl_coeff, objective.apo_loss_coeff / objective.apo_sample_num
+    weights = paddle.where(is_apo, paddle.full_like(losses, apo), paddle.full_like(losses, human))
+    return _mean_over_pairs(losses * weights, denominator)
 
 
 def align_token_scores(

@@ -15,7 +15,6 @@ from alignment.ppo.models.value import end_scores
 from alignment.rm.evaluation import calibrate, coins_of, held_out_metrics, kind_metrics, roles_of
 from alignment.rm.losses import (
     Objective,
-    PairCounts,
     align_token_scores,
     compared_pairs,
     comparison_loss,
@@ -56,13 +55,10 @@ class RewardTrainer(StageTrainer):
     def length(self, item: dict) -> int:
         return max(map(len, item["input_ids"]))
 
-    def count(self, items: Iterable[dict]) -> PairCounts:
-        pairs = {False: 0, True: 0}
-        for item in items:
-            pairs[self._is_apart(item["is_apo"])] += int((item["scores"][:, None] > item["scores"]).sum())
-        return PairCounts(human=pairs[False], apo=pairs[True])
+    def count(self, items: Iterable[dict]) -> int:
+        return sum(int((item["scores"][:, None] > item["scores"]).sum()) for item in items)
 
-    def micro_batch(self, batch: Arrays, denominator: PairCounts) -> MicroBatch:
+    def micro_batch(self, batch: Arrays, denominator: int) -> MicroBatch:
         """batch: collated comparisons of N answers in P pairs; rows: of the pairs, loss, better and worse (float32,
         normalised), is_apo, worse_first, source; of the answers, raw, score (normalised) and role."""
         ids, mask = (paddle.to_tensor(batch[name]) for name in ("input_ids", "attention_mask"))
@@ -74,12 +70,13 @@ class RewardTrainer(StageTrainer):
             "worse_first": coins[worse] < coins[better],
             "role": roles_of(batch),
         }
-        is_apo = paddle.to_tensor(known["is_apo"] & self._is_apart(True))
+        # Without a weight of their own, APO's pairs are as all others.
+        is_apo = paddle.to_tensor(known["is_apo"] & (self.objective.apo_loss_coeff > 0))
         pairs = paddle.to_tensor(better), paddle.to_tensor(worse)
 
         def finish(hidden: paddle.Tensor) -> tuple[paddle.Tensor, tuple[float, Arrays]]:
             """The loss with its penalty, and the scores, from final hidden states [N, L, H]."""
-            losses, penalty, rows = self._compare(hidden, ids, mask, pairs, is_apo, sum(denominator))
+            losses, penalty, rows = self._compare(hidden, ids, mask, pairs, is_apo, denominator)
             loss = comparison_loss(losses, is_apo, denominator, self.objective) + self.args.regularization * penalty
             return loss, (float(loss), {name: row.detach().numpy() for name, row in rows.items()} | known)
 
@@ -114,10 +111,6 @@ class RewardTrainer(StageTrainer):
 
     def _normalize(self, raw: paddle.Tensor) -> paddle.Tensor:
         return raw if self.normalizer is None else self.normalizer.normalize(raw)
-
-    def _is_apart(self, is_apo: bool) -> bool:
-        """Whether pairs have the loss of APO's own; without a weight of theirs they are as all others."""
-        return is_apo and self.objective.apo_loss_coeff > 0
 
     def _weighted(self, weights: dict[str, float]) -> WeightedSchedule:
         """The schedule that draws by source; raises UsageError unless the weights fit the sources."""

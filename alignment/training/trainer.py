@@ -69,7 +69,7 @@ class StageTrainer(ABC):
 
     @abstractmethod
     def count(self, items: Iterable[dict]) -> Any:
-        """What these samples make the loss's denominator: their label tokens, or pairs of each kind."""
+        """What these samples make the loss's denominator: their label tokens, or pairs."""
 
     @abstractmethod
     def micro_batch(self, batch: Arrays, denominator: Any) -> MicroBatch:

@@ -72,7 +72,7 @@ def token_loss_loop(pairs: dict[str, np.ndarray]) -> float:
     return total / len(pairs["better_ids"])
 
 
-COUNTS, RANKING = losses.PairCounts(2, 2), losses.Objective(0.5, 0.3, 4)
+RANKING = losses.Objective(0.5, 0.3, 4)
 
 
 def is_true(x) -> paddle.Tensor:
@@ -107,18 +107,24 @@ class TestComparisonLoss:
     def test_hand_worked(self):
         # human ln 4/3 and ln 2, APO's ln 4 and ln 4/3 (ranking) or ln 3 and -ln 3 (difference, whose mean is 0)
         margins, is_apo = f64([math.log(3), 0.0, -math.log(3), math.log(3)]), is_true([0, 0, 1, 1])
-        human, apo = (math.log(4 / 3) + math.log(2)) / 2, (math.log(4) + math.log(4 / 3)) / 2
-        ranking = losses.comparison_loss(losses.pair_losses(margins), is_apo, COUNTS, RANKING)
-        assert ranking.item() == pytest.approx(0.5 * human + 0.3 / 4 * apo)
-        difference = losses.comparison_loss(losses.pair_losses(margins, is_apo), is_apo, COUNTS, RANKING)
-        assert difference.item() == pytest.approx(0.5 * human)
+        human, apo = math.log(4 / 3) + math.log(2), math.log(4) + math.log(4 / 3)
+        ranking = losses.comparison_loss(losses.pair_losses(margins), is_apo, 4, RANKING)
+        assert ranking.item() == pytest.approx((0.5 * human + 0.3 / 4 * apo) / 4)
+        difference = losses.comparison_loss(losses.pair_losses(margins, is_apo), is_apo, 4, RANKING)
+        assert difference.item() == pytest.approx(0.5 * human / 4)
 
-    def test_a_kind_without_pairs_adds_nothing(self):
-        none = losses.PairCounts(0, 2)
-        apo = losses.comparison_loss(f64([1.0, 3.0]), is_true([1, 1]), none, RANKING)
-        assert apo.item() == pytest.approx(0.3 / 4 * 2)
-        empty = losses.comparison_loss(f64([]), is_true([]), losses.PairCounts(0, 0), RANKING)
-        assert empty.item() == 0
+    def test_a_golden_prompt_weighs_apo_loss_coeff_whatever_stands_beside_it(self):
+        # The authors' 0.1 / 4: four samples of one prompt and one, or three, of people's pairs, all with loss 1
+        for human in (1, 3):
+            is_apo = is_true([0] * human + [1] * 4)
+            each = f64([1.0] * (human + 4))
+            each.stop_gradient = False
+            losses.comparison_loss(each, is_apo, human + 4, losses.Objective(1.0, 0.1, 4)).backward()
+            weights = each.grad.numpy() * (human + 4)
+            np.testing.assert_allclose(weights, [1.0] * human + [0.025] * 4)
+
+    def test_a_step_without_pairs_loses_nothing(self):
+        assert losses.comparison_loss(f64([]), is_true([]), 0, RANKING).item() == 0
 
     @quick
     @given(seeds, st.sampled_from(losses.APO_LOSS_TYPES), st.integers(1, 6))
@@ -129,12 +135,12 @@ class TestComparisonLoss:
         z = rng.normal(0, 2, len(item))
         objective = losses.Objective(rng.uniform(0, 2), rng.uniform(0, 2), int(rng.integers(1, 5)), kind)
         expected = apo_loss_loop(z, item, scores, is_apo, objective)
-        counts = count_pairs_loop(item, scores, is_apo)
+        pairs = count_pairs_loop(item, scores)
         parts = np.array_split(rng.permutation(6), batches)
         total, slopes = 0.0, np.zeros(len(z))
         for part in parts:
             rows = np.flatnonzero(np.isin(item, part))
-            value, slope = run_comparison(z[rows], item[rows], scores[rows], is_apo, counts, objective)
+            value, slope = run_comparison(z[rows], item[rows], scores[rows], is_apo, pairs, objective)
             total, slopes[rows] = total + value, slope
         assert total == pytest.approx(expected, rel=1e-9, abs=1e-12)
         for row in range(0, len(z), 5):
@@ -143,7 +149,7 @@ class TestComparisonLoss:
             assert slopes[row] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-8)
 
 
-def run_comparison(z, item, scores, is_apo, counts, objective) -> tuple[float, np.ndarray]:
+def run_comparison(z, item, scores, is_apo, pairs, objective) -> tuple[float, np.ndarray]:
     """The loss of some items' answers, and its gradient."""
     leaf = f64(z)
     leaf.stop_gradient = False
@@ -153,22 +159,18 @@ def run_comparison(z, item, scores, is_apo, counts, objective) -> tuple[float, n
     apo = is_true(is_apo[item[better]])
     margins = leaf[paddle.to_tensor(better)] - leaf[paddle.to_tensor(worse)]
     each = losses.pair_losses(margins, apo if objective.apo_loss_type == "diff" else None)
-    loss = losses.comparison_loss(each, apo, counts, objective)
+    loss = losses.comparison_loss(each, apo, pairs, objective)
     loss.backward()
     return loss.item(), leaf.grad.numpy()
 
 
-def count_pairs_loop(item, scores, is_apo) -> losses.PairCounts:
-    counts = [0, 0]
-    for i in range(len(item)):
-        for j in range(i):
-            counts[int(is_apo[item[i]])] += item[i] == item[j] and scores[i] != scores[j]
-    return losses.PairCounts(*map(int, counts))
+def count_pairs_loop(item, scores) -> int:
+    return sum(item[i] == item[j] and scores[i] != scores[j] for i in range(len(item)) for j in range(i))
 
 
 def apo_loss_loop(z, item, scores, is_apo, objective) -> float:
     """The formula, pair by pair; the sign of the score difference says which way."""
-    sums, counts = [0.0, 0.0], count_pairs_loop(item, scores, is_apo)
+    sums = [0.0, 0.0]
     for i in range(len(z)):
         for j in range(i):
             if item[i] != item[j] or scores[i] == scores[j]:
@@ -177,7 +179,7 @@ def apo_loss_loop(z, item, scores, is_apo, objective) -> float:
             diff = is_apo[item[i]] and objective.apo_loss_type == "diff"
             sums[int(is_apo[item[i]])] += -margin if diff else np.logaddexp(0, -margin)
     weights = (objective.rm_kl_coeff, objective.apo_loss_coeff / objective.apo_sample_num)
-    return sum(w * s / n for w, s, n in zip(weights, sums, counts, strict=True) if n)
+    return np.dot(weights, sums) / max(count_pairs_loop(item, scores), 1)
 
 
 class TestTokenRanking:
