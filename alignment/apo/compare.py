@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.apo.round_metrics import Interval, Mean, common, mean_score, win_rate
 from alignment.apo.round_plots import draw_rounds
-from alignment.apo.round_report import REPORT, read_judged, show, title
+from alignment.apo.round_report import REPORT, read_judged, show, show_preference, title
 from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import UsageError, run_main
 from alignment.runtime.files import write_text
@@ -44,9 +44,9 @@ def render(games: dict[str, dict[str, Any]]) -> str:
         if numbers["rounds"][0] != measure["rounds"][0]:
             raise UsageError(f"{name}: starts otherwise than {first}: another policy, testing reward model or prompts")
         for row in numbers["rounds"]:
-            model = row.get("reward_model", {})
             cells = [f"{name}: {title(numbers)}", str(row["round"])]
-            cells += [show(model.get(key)) for key in ("accuracy", "ece", "golden_over_sample")]
+            model = row.get("reward_model")
+            cells += [*show_preference(model), show(model["golden_over_sample"])] if model else [""] * 3
             cells += [show(Mean(**row[key])) for key in ("test_score", "gain")] + [show(Interval(**row["win_rate"]))]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")

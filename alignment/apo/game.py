@@ -140,9 +140,11 @@ class Game:
         more: Mapping[str, Any] | None = None,
     ) -> Step:
         args = self.args
-        own = {
+        source = {"input_file" if is_file(prompts) else "datasets": prompts}
+        if prompts == args.golden_datasets and args.golden_query_file:
+            source["query_file"] = args.golden_query_file
+        own = source | {
             "model_name_or_path": policy,
-            ("input_file" if is_file(prompts) else "datasets"): prompts,
             "num_return_sequences": count,
             "seed": draw_seed(args.seed, *draw),
             "data_seed": args.data_seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from alignment.ppo.reference_answers import better_answer
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
 from data import DataError, PromptOnlyDataset, RawDataset, RawSample, parse_specs
-from data.builtin.apo import SEPARATOR, query_turns
+from data.builtin.apo import SEPARATOR, query_turns, split_text
 from data.tokenized import is_text_list, shorten
 
 
@@ -34,43 +34,65 @@ class Query(NamedTuple):
 
 
 def load_queries(datasets: Any, seed: int) -> list[Query]:
-    """The prompts of a mixture of registered data sets, named "<data set>/<place>".
+    """The prompts of a mixture of registered data sets, named by their query_id, else "<data set>/<place>".
 
     Of equal prompts of a data set the first stays, and nothing is repeated by a proportion over 1; the samples that a
     smaller one takes are those of a PromptOnlyDataset with this seed.
 
-    Raises: UsageError if two data sets give the same names; DataError for a mixture that cannot be read, and for a
-        prompt that a text cannot hold.
+    Raises: UsageError if two prompts have one name; DataError for a mixture that cannot be read, and for a prompt that
+        a text cannot hold.
     """
     found: dict[str, Query] = {}
-    for spec in parse_specs(datasets):
+    specs = parse_specs(datasets)
+    for spec in specs:
         raw = spec.load()
+        label = raw.NAME or spec.name if spec.label(specs) == spec.name else spec.label(specs)
         candidates = spec.select(_first_of_equals(raw))
         for place in dict.fromkeys(spec.choose(candidates, seed, raw.NAME).tolist() if len(candidates) else ()):
-            query_id = f"{raw.NAME or spec.name}/{place}"
-            if query_id in found:
-                raise UsageError(f'datasets: "{spec.name}" is named twice, and both have a sample {query_id!r}')
-            where = raw.describe(place)
-            text = as_text(raw[place], where)
-            found[query_id] = Query(query_id, text, query_turns(text), better_answer(raw[place]), where)
+            where, sample = raw.describe(place), raw[place]
+            query_id, text = sample.get("query_id") or f"{label}/{place}", as_text(sample, where)
+            _add(found, Query(query_id, text, query_turns(text), better_answer(sample), where))
     return list(found.values())
 
 
-def read_queries(path: str | Path) -> list[Query]:
-    """The prompts of a file of samples, or of golden answers that stand with their prompts.
+def read_queries(path: str | Path, query_file: str | None = None) -> list[Query]:
+    """The prompts of a file of samples, of comparisons, or of golden answers.
 
-    Raises: UsageError for a file without prompts or with two that share a query_id.
+    Args: query_file: has those of golden answers that stand without theirs, by query_id.
+    Raises: UsageError for an item without a prompt or a name, and for two different ones that share a query_id.
     """
+    known = {query.query_id: query.text for query in read_queries(query_file)} if query_file else {}
     entries = read_answers(path)
-    for item, where in entries:
-        if isinstance(item, Comparison):
-            raise UsageError(f"{where}: is a comparison; its prompts can be read as the data set apo:1.0:{path}")
-        if item.query is None:
-            raise UsageError(f'{where}: field "query": missing; a prompt is needed')
-    found, repeated = index_by_query(entries)
-    if repeated:
-        say(f"{path}: {repeated} repeated items left out")
-    return [as_query(entry, entry.item.query) for entry in found.values()]
+    if not isinstance(entries[0].item, Comparison):
+        entries, repeated = index_by_query(entries)
+        if repeated:
+            say(f"{path}: {repeated} repeated items left out")
+        entries = entries.values()
+    found: dict[str, Query] = {}
+    for entry in entries:
+        _add(found, as_query(entry, query_text(entry, known)))
+    return list(found.values())
+
+
+def query_text(entry: Placed, known: Mapping[str, str]) -> str:
+    """An item's prompt, if need be the ``known`` one of its query_id. Raises: UsageError without either."""
+    item, where = entry
+    if isinstance(item, Comparison):
+        if item.query_id is None:
+            raise UsageError(f'{where}: field "query_id": missing; a prompt needs a name')
+        return as_text(RawSample(input=split_text(item.text[0])[0]), where)
+    if (text := item.query or known.get(item.query_id)) is None:
+        raise UsageError(
+            f'{where}: field "query": missing; give it, or have "query_file" name a file with the queries'
+        )
+    return text
+
+
+def _add(found: dict[str, Query], query: Query) -> None:
+    other = found.setdefault(query.query_id, query)
+    if other.text != query.text:
+        name = f"query_id {query.query_id!r:.60}"
+        raise UsageError(f"{query.where}: {name} is that of another prompt too ({other.where})")
 
 
 def as_query(entry: Placed, text: str) -> Query:

@@ -69,6 +69,9 @@ class RoundArguments:
         "with their queries.",
         group="Data",
     )
+    golden_query_file: str | None = argument(
+        None, "File with the queries of golden answers that stand in that file without theirs.", group="Data"
+    )
     policy_datasets: str = argument(
         "", "Prompts to update the policy on (required): data sets, or a file of queries.", group="Data"
     )

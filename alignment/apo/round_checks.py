@@ -10,25 +10,52 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from alignment.apo.round_arguments import RoundArguments
+from alignment.apo.round_arguments import RoundArguments, is_file
 from alignment.apo.round_steps import SCRIPTS, StageStep
 from alignment.runtime.faults import UsageError
 from alignment.runtime.steps import CHECKOUT, Step, environment, shorten
+from data import load_dataset_modules
 
 
-def check_steps(steps: Sequence[Step], processes: int) -> None:
-    """Raises UsageError, naming step and key, for the first argument that a step would refuse.
-
-    A process of its own does it, for that takes Paddle, which this one is spared.
-    """
+def check_steps(steps: Sequence[Step], args: RoundArguments) -> None:
+    """Raises UsageError, naming step and key, for the first argument that a step would refuse."""
     stages = [step for step in steps if isinstance(step, StageStep)]
+    _elsewhere(_resolve, stages, args.nproc_per_node)
+
+
+def check_queries(args: RoundArguments) -> None:
+    """Read all prompts and golden answers, which otherwise a step does, hours later.
+
+    Raises: UsageError or data.DataError, naming the file or data set, if that cannot be done.
+    """
+    _elsewhere(_read, args)
+
+
+def _elsewhere(function: Callable[..., None], *words: Any) -> None:
+    """Call it in a process of its own, for it takes Paddle, which this one is spared."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        pool.submit(_resolve, stages, processes).result()
+        pool.submit(function, *words).result()
+
+
+def _read(args: RoundArguments) -> None:
+    from alignment.apo.convert import read_golden
+    from alignment.apo.queries import load_queries, read_queries
+
+    load_dataset_modules(args.dataset_modules)
+    read_golden(args.eval_datasets, args.data_seed)
+    if args.adversarial:
+        read_golden(args.golden_datasets, args.data_seed)
+        if is_file(args.golden_datasets):
+            read_queries(args.golden_datasets, args.golden_query_file)
+    read = read_queries if is_file(args.policy_datasets) else partial(load_queries, seed=args.data_seed)
+    read(args.policy_datasets)
 
 
 def _resolve(steps: Sequence[StageStep], processes: int) -> None:

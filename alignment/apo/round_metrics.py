@@ -71,6 +71,14 @@ def common(answers: Answers, others: Answers) -> tuple[Answers, Answers]:
     return _only(answers, shared), _only(others, shared)
 
 
+def by_source(answers: Answers, others: Answers) -> dict[str, tuple[Answers, Answers]]:
+    """Both, divided by the data sets that the names of their prompts, "<data set>/<place>", begin with."""
+    names: dict[str, set[str]] = {}
+    for query_id in answers.query_ids:
+        names.setdefault(query_id.rpartition("/")[0], set()).add(query_id)
+    return {source: (_only(answers, own), _only(others, own)) for source, own in names.items()}
+
+
 def _only(answers: Answers, wanted: set[str]) -> Answers:
     places = sorted((name, place) for place, name in enumerate(answers.query_ids) if name in wanted)
     order = [place for _, place in places]

@@ -11,7 +11,7 @@ import numpy as np
 
 from alignment.apo.files import read_items
 from alignment.apo.game import Game
-from alignment.apo.round_metrics import Answers, Interval, Mean, common, mean_score, win_rate
+from alignment.apo.round_metrics import Answers, Interval, Mean, by_source, common, mean_score, win_rate
 from alignment.apo.round_plots import draw_game
 from alignment.apo.schemas import Samples, Scores
 from alignment.apo.selection import read_scores
@@ -22,6 +22,7 @@ from alignment.runtime.metrics import METRICS_FILE
 REPORT = "rounds.json"
 ERRORS = ("ece", "ace", "mce")
 SETTINGS = ("adversarial", "policy_update", "reward_restart", "policy_restart", "num_return_sequences", "seed")
+_HEADS = ("round", "test score", "gain", "win rate", "words")
 COLUMNS = {  # heading: what stands below it
     "round": "how many the policy has behind it",
     "test score": "the testing reward model's mean score of the policy's answers to the held-out prompts, ± standard "
@@ -29,7 +30,7 @@ COLUMNS = {  # heading: what stands below it
     "gain": "difference to the start, prompt by prompt, ± standard error",
     "win rate": "how often the testing reward model prefers the answer to the start's, ties half, with 95 % interval",
     "words": "mean length of these answers",
-    "RM accuracy, ECE": "the round's reward model on held-out pairs by people",
+    "RM accuracy, ECE": "the round's reward model on held-out pairs by people, ± standard error over pairs",
     "golden over sample": "how often it prefers the held-out good answer to that of the policy it was trained against",
     "golden, sample, chosen, rejected": "means of its scores of those answers, and of people's pairs",
     "new": "of the answers of the policy that it trained",
@@ -56,19 +57,25 @@ def write_report(game: Game, last: int) -> str:
 def describe_round(game: Game, number: int, start: Answers) -> dict[str, Any]:
     """The numbers of a round, plain JSON. Args: start: judged answers of the initial policy."""
     here = game.directory(number)
-    answers, others = common(read_judged(here, "test_scores.jsonl"), start)
-    row: dict[str, Any] = {
-        "round": number,
-        "prompts": len(answers.query_ids),
-        "test_score": mean_score(answers.scores)._asdict(),
-        "gain": mean_score(answers.scores - others.scores)._asdict(),
-        "win_rate": (win_rate(answers, others) if number else Interval(0.5, 0.5, 0.5))._asdict(),
-        "words": float(np.mean([len(text.split()) for texts in answers.texts for text in texts])),
-    }
+    both = common(read_judged(here, "test_scores.jsonl"), start)
+    row: dict[str, Any] = {"round": number, **describe_answers(*both)}
+    if len(parts := by_source(*both)) > 1:
+        row["by_source"] = {source: describe_answers(*part) for source, part in parts.items()}
     if number:
         row["reward_model"] = describe_reward_model(here / "rm")
         row["rm_score"] = mean_score(read_judged(here, "rm_scores.jsonl").scores)._asdict()
     return row
+
+
+def describe_answers(answers: Answers, start: Answers) -> dict[str, Any]:
+    """What a policy's answers are worth, by themselves and beside the initial policy's to the same prompts."""
+    return {
+        "prompts": len(answers.query_ids),
+        "test_score": mean_score(answers.scores)._asdict(),
+        "gain": mean_score(answers.scores - start.scores)._asdict(),
+        "win_rate": win_rate(answers, start)._asdict(),
+        "words": float(np.mean([len(text.split()) for texts in answers.texts for text in texts])),
+    }
 
 
 def read_judged(directory: Path, scores_file: str) -> Answers:
@@ -92,14 +99,20 @@ def describe_reward_model(directory: Path) -> dict[str, Any]:
     return {
         "accuracy": metrics.get("eval/human/accuracy", metrics["eval/accuracy"]),
         **{name: errors[name] for name in ERRORS},
+        "standard_errors": calibration["standard_errors"],
         "golden_over_sample": metrics.get("eval/apo/accuracy"),
         "scores": scores,
     }
 
 
 def read_calibration(directory: Path) -> dict[str, Any]:
-    """The numbers that alignment.rm.plots wrote."""
-    return json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
+    """The numbers that alignment.rm.plots wrote, where scores were calibrated as the saved model gives them."""
+    numbers = json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
+    if (temperature := numbers["temperature"]) is not None:
+        numbers["reliability"]["both_orders"] = numbers["reliability"]["calibrated"]
+        for values in numbers["scores"].values():
+            values |= {name: (np.array(values[name]) / temperature).tolist() for name in ("mean", "std", "edges")}
+    return numbers
 
 
 def title(numbers: dict[str, Any]) -> str:
@@ -110,17 +123,24 @@ def title(numbers: dict[str, Any]) -> str:
 
 
 def render_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a line a round."""
-    heads = ["round", "test score", "gain", "win rate", "words", "RM accuracy", "ECE", "golden over sample"]
-    heads += ["golden", "sample", "chosen", "rejected", "new"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---:|' * len(heads)}"]
-    for row in rows:
-        cells = [
-            str(row["round"]), show(Mean(**row["test_score"])), show(Mean(**row["gain"])),
-            show(Interval(**row["win_rate"])), f"{row['words']:.1f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells + _reward_cells(row))} |")
-    return "\n".join(lines) + "\n"
+    """Markdown, a line a round; below, where the prompts are of several data sets, a line for each in the last one."""
+    rm = ["RM accuracy", "ECE", "golden over sample", "golden", "sample", "chosen", "rejected", "new"]
+    table = _table([*_HEADS, *rm], [[str(row["round"]), *_answer_cells(row), *_reward_cells(row)] for row in rows])
+    parts = rows[-1].get("by_source", {}).items()
+    if not parts:
+        return table
+    by_source = _table(["data set, last round", *_HEADS[1:]], [[name, *_answer_cells(part)] for name, part in parts])
+    return f"{table}\n{by_source}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---:"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _answer_cells(row: dict[str, Any]) -> list[str]:
+    values = Mean(**row["test_score"]), Mean(**row["gain"]), Interval(**row["win_rate"])
+    return [*map(show, values), f"{row['words']:.1f}"]
 
 
 def show(value: Mean | Interval | float | None) -> str:
@@ -137,8 +157,13 @@ def _reward_cells(row: dict[str, Any]) -> list[str]:
         return [""] * 8
     model = row["reward_model"]
     means = [model["scores"].get(role, {}).get("mean") for role in ("golden", "sample", "chosen", "rejected")]
-    values = [model["accuracy"], model["ece"], model["golden_over_sample"], *means, row["rm_score"]["mean"]]
-    return [show(value) for value in values]
+    values = [model["golden_over_sample"], *means, row["rm_score"]["mean"]]
+    return show_preference(model) + [show(value) for value in values]
+
+
+def show_preference(model: dict[str, Any]) -> list[str]:
+    """Accuracy and ECE of a reward model, with their standard errors."""
+    return [show(Mean(model[name], model["standard_errors"][name])) for name in ("accuracy", "ece")]
 
 
 def _describe_test(numbers: dict[str, Any]) -> str:
@@ -146,7 +171,8 @@ def _describe_test(numbers: dict[str, Any]) -> str:
         return ""
     model = numbers["testing_reward_model"]
     chosen = model["scores"]["chosen"]["mean"]
+    accuracy, ece = show_preference(model)
     return (
-        f"\nThe testing reward model: accuracy {show(model['accuracy'])}, ECE {show(model['ece'])}; it gives people's "
+        f"\nThe testing reward model: accuracy {accuracy}, ECE {ece}; it gives people's "
         f"preferred answers to the held-out prompts {show(chosen)} on average.\n"
     )

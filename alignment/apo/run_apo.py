@@ -16,7 +16,7 @@ if __name__ == "__main__":  # run by path: `import alignment` and `import data` 
 
 from alignment.apo.game import Game
 from alignment.apo.round_arguments import RoundArguments
-from alignment.apo.round_checks import check_steps, rehearse_training
+from alignment.apo.round_checks import check_queries, check_steps, rehearse_training
 from alignment.apo.round_report import write_report
 from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
@@ -38,7 +38,8 @@ def main() -> None:
         return
     record = game.output / RECORD
     if not knows(record, steps):
-        check_steps(steps, args.nproc_per_node)
+        check_steps(steps, args)
+        check_queries(args)
     runner, started = StepRunner(record, steps, args.overwrite_output_dir), time.perf_counter()
     write_text(game.output / "game.json", json.dumps(asdict(args), indent=2) + "\n")
     with stoppable("SIGTERM between two steps; to go on, run the same command again"):
@@ -53,7 +54,7 @@ def main() -> None:
 def rehearse(game: Game) -> None:
     """Check all arguments, show the commands, dry-run what can be."""
     steps = [step for part in game.steps() for step in part]
-    check_steps(steps, game.args.nproc_per_node)
+    check_steps(steps, game.args)
     for step in steps:
         print(f"$ python {step.command}")
     rehearse_training(steps, game.args)

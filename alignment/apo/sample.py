@@ -36,7 +36,10 @@ def sample(args: SampleArguments) -> None:
     Raises: UsageError or data.DataError, naming argument or file, for anything that cannot work.
     """
     load_dataset_modules(args.dataset_modules)
-    queries = read_queries(args.input_file) if args.input_file else load_queries(args.datasets, args.data_seed)
+    if args.input_file:
+        queries = read_queries(args.input_file, args.query_file)
+    else:
+        queries = load_queries(args.datasets, args.data_seed)
     tokenizer = load_named(MODEL, load_tokenizer, args.model_name_or_path)
     prompts = QueryDataset(
         queries, tokenizer, max_length=args.max_prompt_len, template=args.prompt_template, truncation=args.truncation

@@ -106,14 +106,18 @@ class Samples(Item):
 
 
 class Selected(Samples):
-    """Samples with what a reward model thinks of them: ``target`` is the best answer, ``scores`` by answer key."""
+    """Samples with what a reward model thinks of them: ``target`` is the best answer, ``scores`` by answer key.
+
+    The authors' files score texts of other columns too, such as hh_best.
+    """
 
     target: str
-    scores: dict[AnswerKey, FiniteFloat]
+    scores: dict[str, FiniteFloat]
 
     @model_validator(mode="after")
     def _fit(self) -> Selected:
-        if not self.scores.keys() <= self.answers.keys() or self.target not in self.answers.values():
+        texts = self.answers | {name: text for name, text in self.model_extra.items() if isinstance(text, str)}
+        if not self.scores.keys() <= texts.keys() or self.target not in texts.values():
             raise ValueError("'target' must be one of the answers, and 'scores' must name no others")
         return self
 

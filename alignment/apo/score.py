@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignment.apo.files import Placed, index_by_query, read_answers
-from alignment.apo.queries import Query, QueryDataset, as_query, read_queries
+from alignment.apo.queries import Query, QueryDataset, as_query, query_text, read_queries
 from alignment.apo.resumable import ResumableOutput, digest
 from alignment.apo.schemas import GOLDEN, Comparison, Samples
 from alignment.apo.tool_arguments import ScoreArguments
@@ -24,7 +24,6 @@ from alignment.ppo.models.weights import weights_sha256
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
 from alignment.ppo.rewards.divided import score_divided
 from alignment.runtime.console import progress, say
-from alignment.runtime.faults import UsageError
 from alignment.training.setup import load_named, weight_dtype
 from data import load_dataset_modules
 from data.builtin.apo import split_text
@@ -86,19 +85,10 @@ def read_file(path: str, query_file: str | None = None) -> tuple[list[Query], li
     known = {query.query_id: query.text for query in read_queries(query_file)} if query_file else {}
     queries, answers = [], []
     for place, (query_id, entry) in enumerate(found.items()):
-        queries.append(as_query(entry, _query_text(entry, known)))
+        queries.append(as_query(entry, query_text(entry, known)))
         texts = entry.item.answers if isinstance(entry.item, Samples) else {GOLDEN: entry.item.golden}
         answers += [Answer(f"{query_id}:{key}", place, text) for key, text in texts.items()]
     return queries, answers
-
-
-def _query_text(entry: Placed, known: dict[str, str]) -> str:
-    text = entry.item.query or known.get(entry.item.query_id)
-    if text is None:
-        raise UsageError(
-            f'{entry.where}: field "query": missing; give it, or have "query_file" name a file with the queries'
-        )
-    return text
 
 
 def _read_comparisons(entries: list[Placed]) -> tuple[list[Query], list[Answer]]:

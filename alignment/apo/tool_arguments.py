@@ -44,6 +44,9 @@ class ToolArguments:
     fp16_opt_level: ClassVar[str] = "O2"  # bf16: the weights themselves
 
     input_file: str | None = argument(None, "File to read: .json or .jsonl.", group="Data")
+    query_file: str | None = argument(
+        None, "File with the queries of golden answers that stand in input_file without theirs.", group="Data"
+    )
     dataset_modules: list[str] = like(DataArguments, "dataset_modules")
     prompt_template: str = like(DataArguments, "prompt_template")
     truncation: str = argument(
@@ -145,9 +148,6 @@ class SampleArguments(ToolArguments):
 class ScoreArguments(ToolArguments):
     """Of run_score.py."""
 
-    query_file: str | None = argument(
-        None, "File with the queries of golden answers that stand in input_file without theirs.", group="Data"
-    )
     reward_model_name_or_path: str | None = argument(None, "Reward model.", group="Reward")
     actor_model_name_or_path: str | None = argument(
         None,

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.stats import bootstrap
 
+RESAMPLES = 999  # of the pairs, for the standard error of an ECE
 TEMPERATURES = (0.01, 100.0)  # within which one is looked for: a model that ranks every pair right wants 0
 
 
@@ -83,6 +85,23 @@ def calibration_errors(curve: Calibration) -> dict[str, float]:
     mean_gaps = gaps / curve.count[filled]
     ece, ace, mce = gaps.sum() / curve.count.sum(), mean_gaps.mean(), mean_gaps.max()
     return {"ece": float(ece), "ace": float(ace), "mce": float(mce)}
+
+
+def standard_errors(margins: np.ndarray) -> dict[str, float]:
+    """Of accuracy and ece, over pairs with these better - worse, float [N]; 0 for a single pair.
+
+    That of the ece, in both orders, is the bootstrap's (Efron, 1979), for an ece is no mean over pairs.
+    """
+    margins = np.asarray(margins, np.float64)
+    if len(margins) < 2:
+        return {"accuracy": 0.0, "ece": 0.0}
+
+    def ece(sample: np.ndarray) -> float:
+        return calibration_errors(calibration_curve(sample, np.ones_like(sample)))["ece"]
+
+    drawn = bootstrap((margins,), ece, n_resamples=RESAMPLES, vectorized=False, method="percentile", random_state=0)
+    accuracy = np.heaviside(margins, 0.5).std(ddof=1) / math.sqrt(len(margins))
+    return {"accuracy": float(accuracy), "ece": float(drawn.standard_error)}
 
 
 def negative_log_likelihood(margins: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from alignment.report.style import EXTRA, HELD_OUT, STYLE, THIRD, TRAIN
 from alignment.rm.evaluation import Arrays, describe_curve, one_order_curve, peoples_pairs, scores_by_role
-from alignment.rm.metrics import Calibration, calibration_curve
+from alignment.rm.metrics import Calibration, calibration_curve, standard_errors
 from alignment.runtime.files import write_bytes, write_text
 
 RELIABILITY, SCORES, NUMBERS = "reliability.png", "scores.png", "calibration.json"
@@ -33,6 +33,7 @@ def write_pictures(rows: Arrays, directory: Path, temperature: float | None = No
         "pairs": len(pairs["better"]),
         "temperature": temperature,
         "reliability": {name: describe_curve(curve) for name, curve in curves.items()},
+        "standard_errors": standard_errors((pairs["better"] - pairs["worse"]) / (temperature or 1.0)),
         "scores": describe_scores(scores),
     }
     with matplotlib.rc_context(STYLE):

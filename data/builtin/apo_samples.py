@@ -18,8 +18,8 @@ class APOSamplesDataset(RowDataset):
     """Rows: query (or instruction), sample_0, sample_1, ..., and, once they are scored and selected, scores
     ({"sample_0": number, ...}), target (the best answer); query_id.
 
-    ``answers`` are those that have a score, or all of them where none has one, in the order of their numbers;
-    ``answer`` is the target.
+    ``answers`` are those that have a score, or all of them where none has one, in the order of their numbers; scores
+    of other columns, as the authors' files have them, are left out. ``answer`` is the target.
     """
 
     NAME = "apo-samples"
@@ -34,10 +34,10 @@ class APOSamplesDataset(RowDataset):
         if not isinstance(scores, Mapping):
             raise DataError(f"{self._at(place)}: column 'scores' must map answers to numbers, got {scores!r:.60}")
         scores = {key: score for key, score in scores.items() if score is not None}  # a table fills every row
-        if scores.keys() - answers.keys():
-            key = min(scores.keys() - answers.keys())
+        if scores.keys() - row.keys():
+            key = min(scores.keys() - row.keys())
             raise DataError(f"{self._at(place)}: column 'scores' names {key!r}, an answer that the row does not have")
-        return row | {"answers": answers, "scores": scores}
+        return row | {"answers": answers, "scores": {key: scores[key] for key in scores if key in answers}}
 
     def to_sample(self, row: Mapping[str, Any]) -> RawSample:
         """See RowDataset.to_sample."""

@@ -135,6 +135,46 @@ def test_better_answers_of_a_data_set_stand_in_for_golden_ones(tmp_path, monkeyp
     assert entry.item.text == ["q3<sep>good 3", "q3<sep>sample"] and entry.item.query_id == "local/4"
 
 
+def test_the_authors_chain_by_their_names(tmp_path, monkeypatch):
+    """Comparisons with a query_id, sampled as a file or as a data set; golden answers without queries; converted."""
+    transcript = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Name a fish.\n\nAssistant:"
+    rows = [
+        {"text": ["Name a bird.<sep>owl", "Name a bird.<sep>dog"], "scores": [1.0, 0.0], "query_id": "3"},
+        {"text": [f"{transcript}<sep>cod", f"{transcript}<sep>cat"], "scores": [0.0, 1.0], "query_id": "b:1"},
+        {"text": ["Name a bird.<sep>hen", "Name a bird.<sep>cow"], "scores": [1.0, 0.0], "query_id": "3"},
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    expected = [("3", "Name a bird.", ["Name a bird."]), ("b:1", transcript, ["Hi.", "Hello.", "Name a fish."])]
+    for queries in (read_queries(tmp_path / "train.json"), load_queries(f"apo:1.0:{tmp_path / 'train.json'}", 0)):
+        assert [query[:3] for query in queries] == expected
+    golden = [{"query_id": "b:1", "golden": "A codfish."}, {"query_id": 3, "golden": "An owl."}]
+    (tmp_path / "golden.json").write_text(json.dumps(golden))
+    ours = read_queries(tmp_path / "golden.json", tmp_path / "train.json")
+    assert [query[:3] for query in ours] == expected[::-1]
+    samples = [{"query_id": query.query_id, "query": query.text, "sample_0": "x"} for query in ours]
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    files = ("--golden", tmp_path / "golden.json", "--samples", tmp_path / "samples.json")
+    run(monkeypatch, *files, "--output", tmp_path / "apo.json")
+    texts = [one["text"] for one in json.loads((tmp_path / "apo.json").read_text())]
+    assert texts == [
+        [f"{transcript}<sep>A codfish.", f"{transcript}<sep>x"], ["Name a bird.<sep>An owl.", "Name a bird.<sep>x"],
+    ]  # fmt: skip
+
+
+def test_prompts_of_several_files_have_names_of_their_own(tmp_path):
+    for name in ("a", "b"):
+        row = {"text": [f"Name {name}.<sep>owl", f"Name {name}.<sep>dog"], "scores": [1, 0]}
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]))
+    queries = load_queries(",".join(f"apo:1.0:{tmp_path / name}.json" for name in ("a", "b")), 0)
+    assert [query.query_id for query in queries] == ["apo:a.json/0", "apo:b.json/0"]
+
+
+def test_a_comparison_without_a_name_is_no_query(tmp_path):
+    (tmp_path / "pairs.json").write_text('{"text": ["q<sep>a", "q<sep>b"], "scores": [1, 0]}')
+    with pytest.raises(UsageError, match='pairs.json, line 1: field "query_id": missing; a prompt needs a name'):
+        read_queries(tmp_path / "pairs.json")
+
+
 def test_queries_of_a_data_set_are_those_of_ppo(tmp_path):
     write_tokenizer(tmp_path)
     tokenizer, mixture = load_tokenizer(tmp_path), "hh-excerpt/train:0.3,hh-excerpt/test:5/-1"

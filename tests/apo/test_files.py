@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from alignment.apo.files import index_by_query, read_answers, read_items, write_items
 from alignment.apo.schemas import Comparison, Golden, Samples, Scores, Selected
 from alignment.runtime.faults import UsageError
+from data import RawDataset
 from data.builtin.apo import split_text
 
 TEXT = st.text(max_size=20)
@@ -75,6 +76,18 @@ def test_the_original_tools_files_are_read(tmp_path):
     }  # fmt: skip
     assert second.item.to_json() == rows[1]
     assert (first.where, second.where) == (f"{path}, item 1 (line 2)", f"{path}, item 2 (line 9)")
+
+
+def test_the_original_tools_selections_are_read(tmp_path):
+    """Which score the answer that people preferred, too, in a column of its own."""
+    row = {"query_id": "7", "query": "q", "sample_0": "cat", "sample_1": "dog", "hh_best": "owl", "target": "owl",
+           "scores": {"sample_0": 0.5, "sample_1": -1.0, "hh_best": 2.0}}  # fmt: skip
+    path = tmp_path / "rjs.json"
+    path.write_text(json.dumps([row]), encoding="utf-8")
+    (entry,) = read_items(path, Selected)
+    assert entry.item.to_json() == row
+    (sample,) = RawDataset.load("apo-samples", path=str(path))
+    assert (sample["answers"], sample["scores"], sample["answer"]) == (["cat", "dog"], [0.5, -1.0], "owl")
 
 
 GOOD = '{"query_id": "0", "query": "q", "sample_0": "a"}\n'

@@ -8,6 +8,7 @@ import pytest
 
 from alignment.apo.game import Game, draw_seed
 from alignment.apo.round_arguments import RoundArguments
+from alignment.apo.round_checks import check_queries
 from alignment.runtime.arguments import parse
 from alignment.runtime.faults import UsageError
 from data import DataError
@@ -122,6 +123,31 @@ def test_files_of_queries_are_read_as_such(tmp_path):
     told = steps["round-1/golden_samples"].arguments
     assert told["input_file"] == str(golden) and "datasets" not in told
     assert f"--golden {golden} " in steps["round-1/comparisons"].command
+    assert "query_file" not in told and "query_file" not in steps["round-1/samples"].arguments
+    steps = steps_of(SMALL, "--golden_datasets", golden, "--golden_query_file", "pairs.json")
+    assert steps["round-1/golden_samples"].arguments["query_file"] == "pairs.json"
+    assert "query_file" not in steps["round-1/samples"].arguments
+
+
+def check(*words):
+    (args,) = parse(list(map(str, words)), [RoundArguments])
+    check_queries(args)
+
+
+def test_the_authors_files_are_read_before_the_first_step(tmp_path):
+    """Golden answers without their queries, which stand in the comparisons of the same ids."""
+    golden, pairs = tmp_path / "golden.json", tmp_path / "train.json"
+    golden.write_text('[{"query_id": 7, "golden": "A wise owl."}]')
+    pairs.write_text('[{"text": ["Name a bird.<sep>owl", "Name a bird.<sep>cod"], "scores": [1, 0], "query_id": 7}]')
+    with pytest.raises(UsageError, match='golden.json, item 1 .*: field "query": missing; give it, or have "query_fi'):
+        check(SMALL, "--golden_datasets", golden)
+    check(SMALL, "--golden_datasets", golden, "--golden_query_file", pairs)
+    with pytest.raises(UsageError, match="nowhere.json: No such file"):
+        check(SMALL, "--golden_datasets", golden, "--golden_query_file", tmp_path / "nowhere.json")
+    other = tmp_path / "other.json"
+    other.write_text(pairs.read_text().replace("Name a bird.", "Name a fish."))
+    with pytest.raises(UsageError, match="other.json: query_id '7' is that of another prompt too .*train.json"):
+        check(SMALL, "--eval_datasets", f"apo:1.0:{pairs}, apo:1.0:{other}")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from alignment.rm.metrics import (
     negative_log_likelihood,
     preference_accuracy,
     preference_metrics,
+    standard_errors,
 )
 
 LOG3, LOG19 = math.log(3), math.log(19)  # sigmoid: 3/4 and 19/20
@@ -111,6 +112,25 @@ class TestCalibration:
         margins, outcomes = rng.normal(0, spread, count), rng.integers(0, 2, count)
         found = tuple(calibration_errors(calibration_curve(margins, outcomes, bins, both_orders=False)).values())
         assert found == pytest.approx(calibration_sorted(margins, outcomes, bins), abs=1e-9)
+
+
+class TestStandardErrors:
+    def test_hand_worked(self):
+        # right three times in four: sample deviation 1/2, over sqrt(4)
+        errors = standard_errors([LOG3, LOG3, LOG3, -LOG3])
+        assert errors["accuracy"] == pytest.approx(0.25)
+        constant = standard_errors([LOG19] * 5)  # no resample differs
+        assert constant == pytest.approx({"accuracy": 0, "ece": 0}, abs=1e-12)
+        assert standard_errors([LOG3]) == {"accuracy": 0, "ece": 0}
+
+    def test_are_the_spread_over_other_pairs_of_the_same_kind(self):
+        rng = np.random.default_rng(0)
+        drawn = rng.normal(0.5, 1.5, (300, 200))
+        accuracies = [preference_accuracy(margins, np.zeros(200)) for margins in drawn]
+        eces = [calibration_errors(calibration_curve(margins, np.ones(200)))["ece"] for margins in drawn]
+        found = [standard_errors(margins) for margins in drawn[:10]]
+        assert np.mean([one["accuracy"] for one in found]) == pytest.approx(np.std(accuracies), rel=0.15)
+        assert np.mean([one["ece"] for one in found]) == pytest.approx(np.std(eces), rel=0.15)
 
 
 class TestTemperature:
