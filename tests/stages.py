@@ -252,7 +252,7 @@ def run(
 
 def read_rows(path: Path) -> list[dict]:
     """Rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def weights_of(checkpoint: Path) -> dict[str, np.ndarray]:

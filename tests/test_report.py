@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from alignment.report.answers import choose_steps, lay_out
+from alignment.report.reading import read_stage
 from alignment.report.render import write_report
 from alignment.report.tables import compare_rewards
 from alignment.runtime.faults import UsageError
@@ -89,7 +91,7 @@ GOOD = '{"step": 1, "loss": 1}\n'
         ({"metrics.jsonl": ""}, "metrics.jsonl: no metrics yet"),
         ({"run.json": "{}"}, "metrics.jsonl: no metrics yet; metrics.jsonl is missing"),
         ({"metrics.jsonl": "[1]\n"}, "metrics.jsonl: no metrics yet; metrics.jsonl is damaged: line 1 skipped"),
-        ({"metrics.jsonl": b"\xff\xfe\n"}, "no metrics yet; metrics.jsonl cannot be read: 'utf-8' codec"),
+        ({"metrics.jsonl": b"\xff\xfe\n"}, "no metrics yet; metrics.jsonl is damaged: line 1 skipped"),
     ],
 )
 def test_a_directory_without_metrics_is_one_clear_line(tmp_path, files, message):
@@ -110,7 +112,7 @@ def test_a_directory_without_metrics_is_one_clear_line(tmp_path, files, message)
         ({"run.json": "{"}, "run.json is damaged and was skipped."),
         ({"run.json": "[]"}, "run.json is damaged and was skipped."),
         ({"run.json": '{"arguments": [1], "versions": 3, "topology": {"layout": 1}, "command": "x"}'}, "Settings"),
-        ({"run.json": b"\xff"}, "run.json cannot be read: 'utf-8' codec"),
+        ({"run.json": b"\xff"}, "run.json is damaged and was skipped."),
         ({"samples.jsonl": '{"step": 1}\n'}, "samples.jsonl is damaged: line 1 skipped."),
         ({"samples.jsonl": '{"step": 1, "prompt_id": [], "prompt": {}, "answer": 5}\n'}, "samples.jsonl is damaged"),
         ({"samples.jsonl": '{"step": 1, "prompt_id": 1, "prompt": "\\ud800", "answer": "\\ud800"}\n'}, "step 1 ·"),
@@ -122,6 +124,17 @@ def test_what_is_damaged_is_noted_and_the_rest_is_shown(tmp_path, files, note):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     page = Page(write_report(tmp_path).read_text())
     assert note in page.text and "Training loss" in page.text
+
+
+def test_of_samples_only_a_torn_last_line_is_lost(tmp_path):
+    """It is torn inside a character; those before it hold what Python takes for the end of a line."""
+    (tmp_path / "metrics.jsonl").write_text(GOOD)
+    row = {"step": 1, "prompt_id": 1, "prompt": "p", "answer": "one\u2028two\u2029three\x85four"}
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    (tmp_path / "samples.jsonl").write_bytes(line * 2 + line[: line.index("\u2029".encode()) + 1])
+    stage = read_stage(tmp_path)
+    assert stage.samples == [row] * 2
+    assert "The last line of samples.jsonl is incomplete and was skipped." in stage.notes
 
 
 def test_alerts_stand_at_the_top_and_in_the_curves(tmp_path):

@@ -157,7 +157,7 @@ def finite(value: Any) -> float | None:
 
 def _read_lines(path: Path, needed: tuple[str, ...], notes: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of a JSON-lines file that have an integer "step" and what is `needed`; others are noted and skipped."""
-    lines = _read_text(path, notes).split("\n")
+    lines = _read_bytes(path, notes).split(b"\n")
     damaged = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -174,10 +174,10 @@ def _read_lines(path: Path, needed: tuple[str, ...], notes: list[str]) -> Iterat
         notes.append(f"{path.name} is damaged: {where} skipped.")
 
 
-def _parse(text: str) -> Any:
+def _parse(content: bytes) -> Any:
     """What JSON says, or None."""
     try:
-        return json.loads(text)
+        return json.loads(content)
     except (ValueError, RecursionError):
         return None
 
@@ -190,20 +190,20 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (str, int, float))
 
 
-def _read_text(path: Path, notes: list[str]) -> str:
+def _read_bytes(path: Path, notes: list[str]) -> bytes:
     """Empty, and noted, if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except FileNotFoundError:
         notes.append(f"{path.name} is missing.")
-    except (OSError, UnicodeDecodeError) as fault:
+    except OSError as fault:
         notes.append(f"{path.name} cannot be read: {fault}.")
-    return ""
+    return b""
 
 
 def _read_run(path: Path, notes: list[str]) -> dict[str, Any]:
     known = len(notes)
-    run = _parse(_read_text(path, notes))
+    run = _parse(_read_bytes(path, notes))
     if isinstance(run, dict):
         return run
     if len(notes) == known:

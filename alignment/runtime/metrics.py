@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.runtime.faults import RunError
-from alignment.runtime.files import write_text
+from alignment.runtime.files import write_bytes
 from alignment.runtime.writers import Writer, open_writer
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,18 +92,23 @@ def keep_steps(path: Path, last: int) -> None:
     kept = []
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines() if last > 0 else ():
-        try:
-            if json.loads(line)["step"] <= last:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_text(path, "".join(kept))
+    for line, row in _read_lines(path) if last > 0 else ():
+        with suppress(KeyError, TypeError):
+            if row["step"] <= last:
+                kept.append(line.removesuffix(b"\n") + b"\n")
+    write_bytes(path, b"".join(kept))
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a JSON-lines file; lines that a killed run left half-written are passed over."""
-    with path.open(encoding="utf-8") as lines:
+    return (row for _, row in _read_lines(path))
+
+
+def _read_lines(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """The lines of a JSON-lines file and what they say; those that a killed run left half-written are passed over.
+
+    In bytes: a line ends at its newline alone, not at U+2028 in an answer, and may be cut inside a character.
+    """
+    with path.open("rb") as lines:
         for line in lines:
             with suppress(ValueError):
-                yield json.loads(line)
+                yield line, json.loads(line)

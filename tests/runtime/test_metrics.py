@@ -13,7 +13,7 @@ import pytest
 
 from alignment.runtime import writers
 from alignment.runtime.faults import UsageError
-from alignment.runtime.metrics import MetricsWriter
+from alignment.runtime.metrics import MetricsWriter, keep_steps
 
 
 def rows(folder) -> list[dict]:
@@ -49,6 +49,24 @@ def test_another_writer_appends_and_a_resumed_one_drops_later_steps(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
     MetricsWriter(settings(), tmp_path, resume_from=0).close()
     assert rows(tmp_path) == []
+
+
+@pytest.mark.parametrize("answer", ["one\u2028two", "one\u2029two", "one\x85two", "\x0b\x0c\x1c one two"])
+def test_rows_of_any_text_are_kept_on_every_resume_and_a_torn_one_is_dropped(tmp_path, answer):
+    path = tmp_path / "samples.jsonl"
+    lines = [json.dumps({"step": step, "answer": answer}, ensure_ascii=False).encode() + b"\n" for step in (1, 2, 3)]
+    torn = '{"step": 2, "answer": "\u2028'.encode()[:-1]  # inside the character
+    path.write_bytes(b"".join(lines) + torn)
+    for _ in range(2):
+        keep_steps(path, 2)
+        assert path.read_bytes() == b"".join(lines[:2])
+
+
+def test_a_whole_last_row_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"step": 1}\nnull\n{"step": "one"}\n{"step": 2}')
+    keep_steps(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
