@@ -15,6 +15,7 @@ from alignment.runtime.faults import UsageError
 from alignment.runtime.metrics import is_main_process
 from alignment.training.best import BestTracker
 from alignment.training.checkpoint import (
+    CHECKPOINT,
     find_checkpoint,
     leftovers,
     list_checkpoints,
@@ -45,7 +46,7 @@ class Start:
 
 
 def choose_start(output_dir: str | Path, resume_from_checkpoint: str | None, parts: Sequence[str] = ("",)) -> Start:
-    """What resume_from_checkpoint asks for: null, "true", "auto" or a path.
+    """What resume_from_checkpoint asks for: null, "true", "auto" or a path. It only looks.
 
     Args: parts: sub-directories of output_dir that hold checkpoints, the one that commits first; or "" for itself.
     Raises: UsageError, naming the file and what is wrong with it, if what was asked for is not there or not sound.
@@ -55,7 +56,6 @@ def choose_start(output_dir: str | Path, resume_from_checkpoint: str | None, par
         return Start()
     if asked.lower() not in (AUTO, NEWEST):
         return Start(_named(asked, parts[0]))
-    recover(Path(output_dir), parts)
     passed_over: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(Path(output_dir) / parts[0])):
         damage = find_damage(checkpoint)
@@ -71,7 +71,10 @@ def choose_start(output_dir: str | Path, resume_from_checkpoint: str | None, par
 
 def agree_on_start(args: Any, parts: Sequence[str]) -> Start:
     """``choose_start`` of a stage's arguments: the main process looks, all get what it found."""
-    own = choose_start(args.output_dir, args.resume_from_checkpoint, parts) if is_main_process() else None
+    own = None
+    if is_main_process():
+        recover(Path(args.output_dir), parts)
+        own = choose_start(args.output_dir, args.resume_from_checkpoint, parts)
     start: Start = gather_objects(own, "world")[0]
     for damage in start.passed_over.values():
         say(f"notice: {damage}; this checkpoint is passed over")
@@ -105,8 +108,9 @@ def clear_leftovers(output_dir: str | Path, start: Start, parts: Sequence[str]) 
 
 def _named(asked: str, part: str) -> Path:
     path = find_checkpoint(asked, part)
-    if not path.is_dir():
-        raise _refuse(f"{path} is not a checkpoint (no such directory)")
+    if not CHECKPOINT.fullmatch(path.name) or not path.is_dir():
+        form = Path(part) / "checkpoint-N"
+        raise _refuse(f'{asked} is not a checkpoint; it must be a path to a directory {form}, "true" or "auto"')
     damage = find_damage(path)
     if damage is not None:
         raise _refuse(damage)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from safetensors.numpy import load_file
 
 from alignment.runtime.faults import RunError, UsageError
 from alignment.training.checkpoint import drop_old_checkpoints, list_checkpoints, recover
-from alignment.training.resume import choose_start, clear_leftovers
+from alignment.training.resume import agree_on_start, choose_start, clear_leftovers
 from alignment.training.sums import find_damage
 from tests.training.checkpoints import CHANGES, content_of, make_checkpoints, make_writer, names_of, save
 from tests.training.language_model import assert_same_bits, make_engine, make_model, train
@@ -77,6 +78,27 @@ class TestChooseStart:
         with pytest.raises(UsageError, match=message):
             choose_start(tmp_path / "out", asked)
 
+    @pytest.mark.parametrize(
+        "asked", ["ppo", "ppo/policy", "ppo/checkpoint-3", "ppo/policy/latest", "ppo/policy/checkpoint-4", "."]
+    )
+    def test_what_a_path_must_be(self, tmp_path, monkeypatch, asked):
+        make_checkpoints(tmp_path / "ppo" / "policy", 3, "best")
+        (tmp_path / "ppo" / "policy" / "latest").symlink_to("checkpoint-3")
+        monkeypatch.chdir(tmp_path)
+        message = f"{asked} is not a checkpoint; it must be a path to a directory policy/checkpoint-N,"
+        with pytest.raises(UsageError, match=f'^"resume_from_checkpoint": {message}'):
+            choose_start(tmp_path / "out", asked, ("policy", "value"))
+
+    def test_it_only_looks(self, tmp_path):
+        """As a dry run does: what a kill left stays for the run itself."""
+        make_checkpoints(tmp_path, 1, 2)
+        (tmp_path / "checkpoint-2").rename(tmp_path / ".checkpoint-2.replaced")
+        before = names_of(tmp_path)
+        assert choose_start(tmp_path, "auto").checkpoint == tmp_path / "checkpoint-1"
+        assert names_of(tmp_path) == before
+        start = agree_on_start(SimpleNamespace(output_dir=tmp_path, resume_from_checkpoint="auto"), ("",))
+        assert start.checkpoint == tmp_path / "checkpoint-2" and names_of(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
     def test_auto_starts_where_there_is_none(self, tmp_path):
         start = choose_start(tmp_path / "out", "auto", ("policy", "value"))
         assert start.checkpoint is None and start.automatic and not start.passed_over
@@ -129,7 +151,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, parts, step):
             make_writer(output, parts, save_total_limit=1).save(step, {part: marked("new") for part in parts})
 
         status = status_of(save_and_die)
-        found = choose_start(output, "auto", parts)
+        found = agree_on_start(SimpleNamespace(output_dir=output, resume_from_checkpoint="auto"), parts)
         assert status in (0, 9) and found.checkpoint is not None and not found.passed_over
         whole = {(output / part / found.checkpoint.name / "trainer_state.json").read_text() for part in parts}
         assert whole in ({"old"}, {"new"}), number
