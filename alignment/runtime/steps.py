@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import shlex
@@ -19,6 +18,7 @@ from typing import IO, Any
 
 from alignment.runtime.faults import UsageError
 from alignment.runtime.files import write_text
+from alignment.runtime.lock import lock
 from alignment.runtime.termination import Stopped
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ class StepRunner:
                 del touched[place:]
                 break
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path.with_name(f".{path.name}.lock"))
+        self._lock = lock(path.with_name(f".{path.name}.lock"))
         self._record = {
             "steps": record["steps"] | {step.name: step.describe() for step in steps},
             "begun": record["begun"] if record["begun"] in touched else None,
@@ -128,15 +128,15 @@ def knows(path: Path, steps: Sequence[Step]) -> bool:
     return all(known.get(step.name) == step.describe() for step in steps)
 
 
-def run(command: str, lock: IO[str]) -> bool:
+def run(command: str, held: IO[str]) -> bool:
     """Run ``python <command>`` where the user stands; a failure has said why, so only its status is passed on.
 
-    Args: lock: stays taken while the command, or a process that it leaves behind, lives.
+    Args: held: a lock, which stays taken while the command, or a process that it leaves behind, lives.
     Returns: whether SIGTERM has come meanwhile, and the command was finished all the same.
     Raises: Stopped if it was not. Every SIGTERM is passed on to it.
     """
     print(f"\n$ python {command}", flush=True)
-    words, inherited = [sys.executable, *shlex.split(command)], [lock.fileno()]
+    words, inherited = [sys.executable, *shlex.split(command)], [held.fileno()]
     process = subprocess.Popen(words, env=environment(), pass_fds=inherited, preexec_fn=_end_with_parent)
     with _passing_on_sigterm(process) as received:
         status = process.wait()
@@ -192,15 +192,6 @@ def _tell_change(path: Path, step: Step, before: dict[str, Any]) -> str:
         f'"output_dir": in {path.parent} step {step.name} {changed}; name another, or set "overwrite_output_dir": '
         "true to do it and all after it again"
     )
-
-
-def _lock(path: Path) -> IO[str]:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f'"output_dir": another process is at work in {path.parent}; wait for its end') from None
-    return file
 
 
 def _end_with_parent() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from alignment.ppo.models.lora import Base, LoRASettings, add_adapters
 from alignment.ppo.models.weights import weights_sha256
 from alignment.runtime.console import say
 from alignment.runtime.faults import UsageError
+from alignment.runtime.lock import lock
 from alignment.runtime.metrics import METRICS_FILE, is_main_process, keep_steps
 from alignment.training.checkpoint import list_checkpoints, remove_checkpoint, step_of
 from alignment.training.health import ALERTS_FILE
@@ -26,6 +27,20 @@ from data import load_dataset_modules
 
 SAMPLES_FILE = "samples.jsonl"
 RUN_FILES = (METRICS_FILE, SAMPLES_FILE, ALERTS_FILE)  # rows by step
+LOCK_FILE = ".lock"
+
+
+def take_output(args: Any) -> AbstractContextManager:
+    """Make output_dir where it is not there yet; within what this returns no other run may work in it.
+
+    Raises: UsageError if one does, or if it cannot be written.
+    """
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        return lock(output_dir / LOCK_FILE) if is_main_process() else nullcontext()
+    except OSError as fault:
+        raise UsageError(f'"output_dir": {output_dir} cannot be written: {fault.strerror}') from None
 
 
 def check_output(args: Any, start: Start, parts: tuple[str, ...] = ("",)) -> None:
@@ -33,7 +48,7 @@ def check_output(args: Any, start: Start, parts: tuple[str, ...] = ("",)) -> Non
 
     Args: start: what the run goes on from; parts: sub-directories of output_dir that hold checkpoints ("policy",
         "value"), or "" for itself.
-    Raises: UsageError if output_dir holds what this run neither continues nor may overwrite, or cannot be written.
+    Raises: UsageError if output_dir holds what this run neither continues nor may overwrite.
     """
     earlier = _superseded(args, start, parts)
     if earlier and not (args.overwrite_output_dir or start.automatic):
@@ -42,10 +57,6 @@ def check_output(args: Any, start: Start, parts: tuple[str, ...] = ("",)) -> Non
         else:
             problem = f"holds later checkpoints than the one to resume from ({earlier[0].name}); name another"
         raise UsageError(f'"output_dir": {args.output_dir} {problem} or "overwrite_output_dir": true to replace it')
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise UsageError(f'"output_dir": {args.output_dir} cannot be created: {fault.strerror}') from None
 
 
 def clear_output(args: Any, start: Start, parts: tuple[str, ...] = ("",)) -> None:

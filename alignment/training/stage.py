@@ -12,7 +12,7 @@ from alignment.runtime.console import say, show_summary
 from alignment.runtime.run_record import write_run_record
 from alignment.runtime.termination import stoppable
 from alignment.training.resume import agree_on_start, is_finished
-from alignment.training.setup import check_output, clear_output, mixed_precision
+from alignment.training.setup import check_output, clear_output, mixed_precision, take_output
 
 _TOO_EARLY = "SIGTERM, before there was anything to save; run the same command again"
 
@@ -28,7 +28,7 @@ def run_stage(
         build: makes the trainer of them; everything that can be wrong with the input shows here.
         parts: see alignment.training.setup.check_output.
     """
-    with stoppable(_TOO_EARLY):
+    with stoppable(_TOO_EARLY), take_output(arguments[-1]):
         return _run(stage, arguments, build, parts)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from types import SimpleNamespace
 
 import pytest
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
+from alignment.runtime import lock
 from alignment.runtime.faults import UsageError
 from alignment.training import setup
 from alignment.training.resume import choose_start
@@ -54,9 +56,21 @@ def contents(folder):
 PARTS = ("policy", "value")
 
 
-def test_a_new_directory_is_made(tmp_path):
-    check_output(arguments(tmp_path / "a" / "b"), PARTS)
-    assert (tmp_path / "a" / "b").is_dir()
+def test_a_new_directory_is_made_and_kept_from_others(tmp_path):
+    args = arguments(tmp_path / "a" / "b")
+    for _ in range(2):  # one process may run a stage after another
+        with setup.take_output(args), pytest.raises(UsageError, match='"output_dir": another process is at work in'):
+            setup.take_output(args)
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)  # as a network's file system may
+    with setup.take_output(arguments(tmp_path)):
+        pass
+    assert f"notice: {tmp_path} is on a file system without locks (No locks available)" in capsys.readouterr().out
 
 
 def test_an_earlier_run_is_refused_and_stays(used):
@@ -133,8 +147,8 @@ def test_resuming_into_another_directory_that_is_in_use(used, tmp_path_factory):
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match='"output_dir".*cannot be created'):
-        check_output(arguments(tmp_path / "file" / "out"), PARTS)
+    with pytest.raises(UsageError, match='"output_dir".*cannot be written: Not a directory'):
+        setup.take_output(arguments(tmp_path / "file" / "out"))
 
 
 @pytest.mark.parametrize(
