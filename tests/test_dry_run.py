@@ -39,6 +39,15 @@ def test_passes(project, stage):
 
 
 @pytest.mark.slow
+def test_what_a_kill_left_in_output_dir_stays(project):
+    left = project / "killed" / ".checkpoint-2.replaced"
+    left.mkdir(parents=True)
+    status, shown = rehearse(project, "sft", "--output_dir", "killed", "--resume_from_checkpoint", "auto")
+    assert status == 0, shown
+    assert list((project / "killed").iterdir()) == [left]
+
+
+@pytest.mark.slow
 def test_one_process_for_eight(project):
     layout = (TP, "2", PP, "2", S, "stage1", "--sharding_parallel_degree", "2", "--sequence_parallel", "true")
     options = ("--bf16", "true", "--lora", "true", "--reward_model_name_or_path", "reward", "--device", "cpu")

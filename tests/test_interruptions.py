@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from alignment.ppo.models.loading import resolve_model_directory
+from alignment.ppo.models.loading import load_policy, resolve_model_directory
+from alignment.training.checkpoint import read_state
+from alignment.training.sums import find_damage
 from tests.kill_campaign import assert_same
-from tests.stages import CHECKOUT, SCRIPTS, read_rows, write_project, write_reward_model
-from tests.training.checkpoints import flip
+from tests.stages import CHECKOUT, SCRIPTS, read_rows, weights_of, write_project, write_reward_model
+from tests.training.checkpoints import flip, names_of
 from tests.warm import Warm
 
 STEPS = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--lr_scheduler_type", "constant")
 AUTO = ("--resume_from_checkpoint", "auto")
+EVALUATED = ("--evaluation_strategy", "steps", "--eval_steps", 1)
 LONG = ("--max_steps", 5000, "--save_strategy", "no", "--lr_scheduler_type", "constant")
 
 
@@ -136,6 +140,23 @@ def test_the_launcher_gives_its_workers_time_to_save(project):
         assert "stopped: SIGTERM in step" in (project / "log-term" / f"workerlog.{rank}").read_text()
 
 
+def test_a_second_run_beside_a_live_one_is_refused(project, warm, train):
+    """However it would begin; a killed run is in nobody's way."""
+    job = warm.start(project, SCRIPTS["sft"], "sft.json", "--output_dir", "shared", *LONG)
+    wait_for_step(project / "shared", 1)
+    partial = project / "shared" / ".checkpoint-7.partial"  # as if it were writing one
+    partial.mkdir()
+    for asked in (AUTO, ("--overwrite_output_dir", "true"), ()):
+        status, shown = train("shared", *LONG, *asked)
+        message = 'error: "output_dir": another process is at work in shared; wait for its end'
+        assert status == [2] and errors_in(shown) == [message], shown
+    assert partial.exists() and job.is_running()
+    job.signal(signal.SIGKILL)
+    job.wait()
+    assert train("shared", "--max_steps", 2, *LONG[2:], *AUTO)[0] == [0]
+    assert not partial.exists()
+
+
 def test_a_damaged_checkpoint_is_named_or_passed_over(project, train, whole):
     assert train("damaged", *STEPS)[0] == [0]
     flip(project / "damaged" / "checkpoint-4" / "optimizer.safetensors")
@@ -177,6 +198,72 @@ def test_the_best_checkpoint_is_kept_and_stands_for_the_run(project, train):
     (project / "half" / f"checkpoint-{best + 3}").rename(project / "half" / f".checkpoint-{best + 3}.partial")
     assert train("half", *words, *AUTO)[0] == [0]
     assert_same(project / "best", project / "half")
+
+
+def test_the_best_policy_and_its_critic_are_kept_together(project, warm):
+    """By the held-out reward; resumed after a kill in the last save, the end is the same."""
+    words = ("--max_steps", 12, "--save_strategy", "no", "--save_total_limit", 1, "--learning_rate", 0.1)
+    words += (*EVALUATED, "--load_best_model_at_end", "true", "--early_stopping_patience", 2)
+
+    def train(output, *more):
+        job = warm.run(project, SCRIPTS["ppo"], "ppo.json", "--output_dir", output, *words, *more)
+        assert job.wait() == [0], job.shown
+        return job.shown
+
+    train("ppo-best")
+    rows = [row for row in read_rows(project / "ppo-best" / "metrics.jsonl") if "eval/reward_mean" in row]
+    best = max(rows[1:], key=lambda row: row["eval/reward_mean"])["step"]
+    last = rows[-1]["step"]
+    assert last == best + 2 < 12
+    for part in ("policy", "value"):
+        assert names_of(project / "ppo-best" / part) == sorted([f"checkpoint-{best}", f"checkpoint-{last}"])
+        directory = resolve_model_directory(project / "ppo-best" / part)
+        state = read_state(directory)
+        assert directory.name == f"checkpoint-{best}" and find_damage(directory) is None
+        assert state["step"] == best
+    state = read_state(project / "ppo-best" / "policy" / f"checkpoint-{last}")
+    assert (state["metric_for_best_model"], state["best_step"]) == ("eval/reward_mean", best)
+    kept, newest = (
+        weights_of(project / f"ppo-best/policy/checkpoint-{step}")["model.norm.weight"] for step in (best, last)
+    )
+    loaded = load_policy(project / "ppo-best" / "policy").state_dict()["llama.norm.weight"].numpy()
+    np.testing.assert_array_equal(loaded, kept)
+    assert not np.array_equal(kept, newest)
+    subprocess.run(["cp", "-r", "ppo-best", "ppo-half"], cwd=project, check=True)
+    half = project / "ppo-half" / "policy"  # the critic's is in its place already
+    (half / f"checkpoint-{last}").rename(half / f".checkpoint-{last}.partial")
+    assert f"going on from ppo-half/policy/checkpoint-{best}" in train("ppo-half", *AUTO)
+    assert_same(project / "ppo-best", project / "ppo-half")
+    assert "is finished" in train("ppo-best", *AUTO)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("sft", ()),
+        ("rm", ()),
+        ("ppo", ("--judge_model_name_or_path", "reward")),
+        ("offline", ("--policy_loss", "apa", "--judge_model_name_or_path", "reward")),
+        ("offline", ("--policy_loss", "bc")),
+        ("offline", ("--policy_loss", "ilql")),
+        ("update", ("--policy_update", "rjs")),
+        ("update", ("--policy_update", "rrhf")),
+        ("update", ("--policy_update", "dpo")),
+    ],
+)
+def test_an_unknown_metric_costs_no_earlier_run(project, warm, stage, words):
+    """It is refused with the names that the evaluation of such a run has."""
+    output = project / "-".join(["unknown", stage, *words[1:2]])
+    command = (SCRIPTS[stage], f"{stage}.json", "--output_dir", output.name, "--max_steps", 1, *EVALUATED, *words)
+    assert warm.run(project, *command).wait() == [0]
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    job = warm.run(project, *command, "--overwrite_output_dir", "true", "--metric_for_best_model", "los")
+    (error,) = errors_in(job.shown)
+    message = 'error: "metric_for_best_model": "eval/los" is not among the metrics of an evaluation: '
+    assert job.wait() == [2] and error.startswith(message)
+    written = {name for row in read_rows(output / "metrics.jsonl") for name in row if name.startswith("eval/")}
+    assert set(error.removeprefix(message).split(", ")) == {name for name in written if name.count("/") == 1}
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 @pytest.fixture

@@ -14,6 +14,11 @@ OWN = {  # which arguments have a meaning for which update alone
     "rrhf": ("rrhf_sft_coeff",),
     "dpo": ("dpo_beta", "dpo_loss_type", "dpo_pairs", "label_smoothing"),
 }
+METRICS = {  # of held-out answers, by policy_update
+    "rjs": ("loss", "perplexity"),
+    "rrhf": ("loss", "rank_loss", "sft_loss", "accuracy"),
+    "dpo": ("loss", "accuracy", "log_ratio"),
+}
 
 
 @dataclass
@@ -58,8 +63,8 @@ class TrainingArguments(StageArguments):
     @staticmethod
     def validate(values: dict[str, Any]) -> None:
         """See StageArguments.validate."""
-        StageArguments.validate(values)
         update = values["policy_update"]
+        StageArguments.validate(values, METRICS[update])
         for owner, names in OWN.items():
             for name in names:
                 given, default = values[name], TrainingArguments.__dataclass_fields__[name].default

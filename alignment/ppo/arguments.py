@@ -14,6 +14,8 @@ from alignment.training.inherited_arguments import SCHEDULES
 
 EVAL_MODES = ("single", "tensor_parallel")
 REWARDS = ("reward_model_name_or_path", "reward_function", "reward_server")
+ANSWER_METRICS = ("reward_mean", "reward_sem", "kl_mean", "kl_sem", "length_mean", "truncated_rate")
+JUDGE_METRICS = ("judge_reward_mean", "judge_reward_sem", "win_rate", "win_rate_sem")
 OFFLOAD_LEVELS = ("freeze_model", "optimizer", "train_model")
 
 
@@ -180,7 +182,7 @@ class TrainingArguments(StageArguments):
     @staticmethod
     def validate(values: dict[str, Any]) -> None:
         """See StageArguments.validate."""
-        StageArguments.validate(values)
+        StageArguments.validate(values, answer_metrics(values))
         settle_offload(values)
         values["eval_mode"] = values["eval_mode"] or None
         settle_lengths(values)
@@ -195,6 +197,11 @@ class TrainingArguments(StageArguments):
             raise UsageError(f'"ptx_coeff": {values["ptx_coeff"]} needs "ptx_datasets"')
         if values["total_episodes"] is not None and values["max_steps"] > 0:
             raise UsageError('"total_episodes": give it or "max_steps", not both')
+
+
+def answer_metrics(values: dict[str, Any]) -> tuple[str, ...]:
+    """What an evaluation measures of the policy's answers; see StageArguments.validate."""
+    return ANSWER_METRICS + (JUDGE_METRICS if values["judge_model_name_or_path"] else ())
 
 
 def settle_lengths(values: dict[str, Any]) -> None:

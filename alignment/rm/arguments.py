@@ -11,6 +11,11 @@ from alignment.runtime.argument_fields import argument
 from alignment.runtime.faults import UsageError
 from alignment.training.arguments import DataArguments, ModelArguments, StageArguments
 
+METRICS = (  # of held-out pairs
+    *("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward", "reward_std"),
+    *("ece", "ace", "mce", "ece_one_order", "ace_one_order", "mce_one_order"),
+)
+
 
 @dataclass
 class TrainingArguments(StageArguments):
@@ -57,7 +62,7 @@ class TrainingArguments(StageArguments):
     @staticmethod
     def validate(values: dict[str, Any]) -> None:
         """See StageArguments.validate."""
-        StageArguments.validate(values)
+        StageArguments.validate(values, METRICS)
         if values["loss_type"] == "token-wise" and values["pooling_type"] != "eos":
             raise UsageError(
                 f'"pooling_type": "{values["pooling_type"]}" gives one score an answer; "loss_type": "token-wise" '

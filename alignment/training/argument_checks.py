@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.parallel.layout import least_processes
@@ -41,16 +41,24 @@ def validate_evaluation(values: dict[str, Any]) -> None:
         raise UsageError('"evaluation_strategy": "steps" needs "eval_steps"')
 
 
-def settle_best(values: dict[str, Any]) -> None:
-    """What makes a model the best one. Raises: UsageError if nothing is ever evaluated."""
+def settle_best(values: dict[str, Any], metrics: Sequence[str]) -> None:
+    """What makes a model the best one. Raises: UsageError if nothing is ever evaluated, or not by this metric.
+
+    Args: metrics: see StageArguments.validate.
+    """
     wanted = [name for name in ("load_best_model_at_end", "early_stopping_patience") if values[name]]
-    name = values["metric_for_best_model"] or ("loss" if wanted else None)
+    name = values["metric_for_best_model"] or (metrics[0] if wanted else None)
     if name is None:
         return
     if getattr(values["evaluation_strategy"], "value", values["evaluation_strategy"]) == "no":
         key = "metric_for_best_model" if values["metric_for_best_model"] else wanted[0]
         raise UsageError(f'"{key}": needs evaluations to compare; set "evaluation_strategy"')
     values["metric_for_best_model"] = name = name if "/" in name else f"eval/{name.removeprefix('eval_')}"
+    known = [f"eval/{metric}" for metric in metrics]
+    if name not in known and name.count("/") == 1:  # eval/<data set, reward source or the like>/... is known later
+        raise UsageError(
+            f'"metric_for_best_model": "{name}" is not among the metrics of an evaluation: {", ".join(known)}'
+        )
     if values["greater_is_better"] is None:
         values["greater_is_better"] = not name.endswith("loss")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -152,8 +153,13 @@ class StageArguments(TrainingArguments):
         self.load_best_model_at_end = loads_best
 
     @staticmethod
-    def validate(values: dict[str, Any]) -> None:
-        """Checks combinations, before any instance exists, and settles defaults that depend on other arguments."""
+    def validate(values: dict[str, Any], metrics: Sequence[str] = ("loss", "perplexity")) -> None:
+        """Checks combinations, before any instance exists, and settles defaults that depend on other arguments.
+
+        Args:
+            metrics: names, after "eval/", of what the stage's evaluations measure, the default of
+                metric_for_best_model first; without those that depend on data sets or reward sources.
+        """
         resolve_layout(values, planned_processes(values))
         refuse_unbuilt(values, {name: (-1, 1) for name in UNBUILT_DEGREES})
         refuse_unbuilt(values, {"do_train": (True,), "fp16": (False,)})
@@ -165,7 +171,7 @@ class StageArguments(TrainingArguments):
         values["report_to"] = [name for name in dict.fromkeys(values["report_to"]) if name not in ("all", "none")]
         check_installed(values["report_to"])
         validate_evaluation(values)
-        settle_best(values)
+        settle_best(values, metrics)
         if isinstance(values["resume_from_checkpoint"], bool):
             values["resume_from_checkpoint"] = "true" if values["resume_from_checkpoint"] else None
 

@@ -96,7 +96,8 @@ LIMITS: dict[str, dict[str, Any]] = {
     "eval_steps": {"ge": 1, "help": "Evaluate every so many steps, of PPO iterations."},
     "metric_for_best_model": {
         "help": "Metric of an evaluation, by its name in metrics.jsonl (loss means eval/loss), that says which "
-        "model is the best; its checkpoint is written at once and kept. Default where it is needed: loss."
+        "model is the best; its checkpoint is written at once and kept. Default where it is needed: eval/loss; ppo: "
+        "eval/reward_mean."
     },
     "greater_is_better": {"help": "Of that metric; default: false if its name ends with loss."},
     "load_best_model_at_end": {

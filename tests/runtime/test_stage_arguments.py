@@ -39,6 +39,28 @@ def refused(*options: str) -> str:
     return str(caught.value)
 
 
+EVALUATIONS = ("--evaluation_strategy=steps", "--eval_steps=1", "--eval_datasets=y")
+
+
+def test_the_best_policy_is_that_of_the_highest_reward():
+    values = resolve([*PPO, *EVALUATIONS, "--load_best_model_at_end"], GROUPS["ppo"])
+    assert (values["metric_for_best_model"], values["greater_is_better"]) == ("eval/reward_mean", True)
+    logged = ["--output_dir=out", "--train_datasets=x", *EVALUATIONS, "--early_stopping_patience=1"]
+    values = resolve(logged, GROUPS["ppo.offline"])
+    assert (values["metric_for_best_model"], values["greater_is_better"]) == ("eval/loss", False)
+
+
+@pytest.mark.parametrize("name", ["loss", "eval/reward", "win_rate", "rewards/length"])
+def test_a_metric_that_no_evaluation_has_is_refused(name):
+    message = refused(*EVALUATIONS, f"--metric_for_best_model={name}")
+    assert '" is not among the metrics of an evaluation: eval/reward_mean, eval/reward_sem, eval/kl_mean' in message
+
+
+def test_a_metric_of_a_reward_source_is_known_later():
+    values = resolve([*PPO, *EVALUATIONS, "--metric_for_best_model=eval/rewards/length"], GROUPS["ppo"])
+    assert values["metric_for_best_model"] == "eval/rewards/length"
+
+
 STAGES = [path for path in CONFIGS if not path.stem.startswith("apo_")]  # whole games: tests/apo/test_game.py
 
 

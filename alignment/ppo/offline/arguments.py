@@ -13,6 +13,13 @@ from alignment.runtime.argument_fields import argument
 from alignment.runtime.faults import UsageError
 from alignment.training.arguments import DataArguments, StageArguments
 
+CRITIC_METRICS = ("value_loss", "vf_explained_var")
+METRICS = {  # of held-out logged answers, by policy_loss
+    "apa": ("loss", *CRITIC_METRICS),
+    "awr": ("loss", *CRITIC_METRICS),
+    "bc": ("loss",),
+    "ilql": ("loss", "td_loss", "expectile_loss", "cql_loss", "awac_loss"),
+}
 ONLINE = {field.name: field for field in dataclasses.fields(online.TrainingArguments)}
 
 
@@ -107,7 +114,9 @@ class TrainingArguments(StageArguments):
     @staticmethod
     def validate(values: dict[str, Any]) -> None:
         """See StageArguments.validate."""
-        StageArguments.validate(values)
+        answered = any(values[name] for name in online.REWARDS)
+        metrics = METRICS[values["policy_loss"]] + (online.answer_metrics(values) if answered else ())
+        StageArguments.validate(values, metrics)
         online.settle_offload(values)
         values["eval_mode"] = values["eval_mode"] or None
         online.settle_lengths(values)
