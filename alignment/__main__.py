@@ -37,7 +37,9 @@ A script takes a JSON file and overrides, alone or in several processes:
   python alignment/ppo/run_ppo.py config/smollm2/ppo_argument.json --seed 2
   python -u -m paddle.distributed.launch alignment/ppo/run_ppo.py ...
 --help lists what a command takes, --print_config prints a script's resolved
-arguments, --dry_run rehearses a training script."""
+arguments, --dry_run rehearses a training script.
+Exit status: 0 done, 1 a fault while running, 2 bad input, 75 stopped and saved
+(all of them: docs/troubleshooting.md)."""
 
 
 def main() -> None:

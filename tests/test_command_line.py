@@ -14,7 +14,7 @@ from alignment.__main__ import GROUPS, list_commands, main
 from alignment.runtime.arguments import resolve
 from alignment.runtime.command_line import CommandParser
 from alignment.runtime.document_arguments import SCRIPTS, groups_of
-from alignment.runtime.faults import UsageError
+from alignment.runtime.faults import RUN_STATUS, STOPPED_STATUS, USAGE_STATUS, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [command for commands in GROUPS.values() for command in commands]
@@ -45,6 +45,8 @@ def test_help_fits_the_terminal(command, width, monkeypatch, capsys):
 
 def test_the_list_of_commands_fits_a_terminal_and_misses_none():
     assert max(map(len, list_commands().splitlines())) <= 80
+    told = " ".join(list_commands().partition("Exit status: ")[2].split())
+    assert told.startswith(f"0 done, {RUN_STATUS} a fault while running, {USAGE_STATUS} bad input, {STOPPED_STATUS} ")
     scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "alignment").rglob("run_*.py")} - {
         "alignment/runtime/run_record.py"
     }
