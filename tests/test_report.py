@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alignment.report.answers import choose_steps, lay_out
-from alignment.report.reading import read_stage
+from alignment.report.reading import read_stage, read_stages
 from alignment.report.render import write_report
 from alignment.report.tables import compare_rewards
 from alignment.runtime.faults import UsageError
@@ -64,6 +64,20 @@ def test_pipeline_has_a_section_per_stage_in_order(tmp_path):
     assert "0.65" in page.text  # the reward model's last held-out accuracy
 
 
+def test_a_game_has_a_section_for_each_model_of_each_round(tmp_path):
+    for place in ("testing_rm", "round-10/rm", "round-2/rm"):
+        write_rm(tmp_path / place)
+    for place in ("round-2/policy", "round-10/policy"):
+        write_lines(tmp_path / place / "metrics.jsonl", [{"step": 1, "loss": 1.0, "rewards/margin": 0.5}])
+    write_lines(tmp_path / "start" / "answers.jsonl", [{"answer": "no run"}])
+    write_lines(tmp_path / "round-2/policy/checkpoint-1" / "metrics.jsonl", [{"step": 1, "loss": 1.0}])  # of that run
+    runs = [stage.name for stage in read_stages(tmp_path)]
+    assert runs == ["testing_rm", "round-2/rm", "round-2/policy", "round-10/rm", "round-10/policy"]
+    text = Page(write_report(tmp_path).read_text()).text
+    assert all(f"({name})" in text for name in runs)
+    assert "Reward model: 3 runs compared" in text and "Policy update: 2 runs compared" in text
+
+
 def test_the_same_prompts_are_shown_at_several_steps_and_of_several_runs():
     assert choose_steps([0, 8, 2, 4, 6, 8], 4) == [0, 2, 6, 8] and choose_steps([3], 4) == [3]
     own = rows(0, {7: 0.1, 3: 0.2, 5: 0.3}) + rows(1, {7: 9.0}) + rows(2, {5: 0.4, 3: 0.5, 7: 0.6})
@@ -87,7 +101,7 @@ GOOD = '{"step": 1, "loss": 1}\n'
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no metrics.jsonl here or one level below"),
+        ({}, "no metrics.jsonl here or up to two levels below"),
         ({"metrics.jsonl": ""}, "metrics.jsonl: no metrics yet"),
         ({"run.json": "{}"}, "metrics.jsonl: no metrics yet; metrics.jsonl is missing"),
         ({"metrics.jsonl": "[1]\n"}, "metrics.jsonl: no metrics yet; metrics.jsonl is damaged: line 1 skipped"),

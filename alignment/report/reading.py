@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from alignment.runtime.faults import UsageError
 
 MARKS = ("metrics.jsonl", "run.json")  # a directory with one of them is a run's
+LEVELS = ("", "*/", "*/*/")  # where runs are looked for: a pipeline's stages, and those of a game's rounds
 LARGEST = 1e300  # numbers beyond it are no measurement, and nothing can be drawn with them
 STAGE_ORDER = ("sft", "rm", "offline", "update", "ppo")
 STAGE_TITLES = {
@@ -86,9 +88,10 @@ class Stage:
 
 
 def read_stages(*output_dirs: Path) -> list[Stage]:
-    """The runs in `output_dirs`, each a stage's directory or one with those of stages in it.
+    """The runs in `output_dirs`, each a stage's directory or one with those of stages in it, up to two levels deep.
 
-    Those of one directory are in the order of STAGE_ORDER, then by name. What is missing or damaged is in their notes.
+    Those of one directory are in the order of STAGE_ORDER, then by name, and all of them before those of directories
+    in it. What is missing or damaged is in their notes.
     Raises UsageError for a directory without a run, and where no run has a metric.
     """
     folders = dict.fromkeys(folder for output_dir in output_dirs for folder in _find_runs(output_dir))
@@ -106,12 +109,20 @@ def read_stages(*output_dirs: Path) -> list[Stage]:
 def _find_runs(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         raise UsageError(f"{output_dir}: no such directory")
-    found = [path for path in (output_dir, *output_dir.iterdir()) if any((path / name).exists() for name in MARKS)]
+    found = {mark.parent for level in LEVELS for name in MARKS for mark in output_dir.glob(f"{level}{name}")}
     if not found:
-        raise UsageError(f"{output_dir}: no metrics.jsonl here or one level below; is it the output_dir of a run?")
+        raise UsageError(
+            f"{output_dir}: no metrics.jsonl here or up to two levels below; is it the output_dir of a run?"
+        )
+    runs = [path for path in found if found.isdisjoint(path.parents)]  # what a run has in it is no other run
+    return [path.resolve() for path in sorted(runs, key=lambda path: _place(path.relative_to(output_dir).parts))]
+
+
+def _place(names: tuple[str, ...]) -> tuple:
+    """A path's place among others: the nearer first, stages in their order, numbers by their size."""
     rank = {name: index for index, name in enumerate(STAGE_ORDER)}
-    found = [output_dir] if output_dir in found else found
-    return [path.resolve() for path in sorted(found, key=lambda p: (rank.get(p.name, len(rank)), p.name))]
+    words = [(rank.get(name, len(rank)), re.split(r"(\d+)", name)) for name in names]
+    return len(names), [(place, [int(word) if word.isdecimal() else word for word in parts]) for place, parts in words]
 
 
 def read_stage(directory: Path) -> Stage:
