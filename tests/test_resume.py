@@ -28,6 +28,18 @@ def rows_of(folder):
     return [{key: value for key, value in row.items() if not key.startswith(UNLIKE)} for row in rows]
 
 
+def assert_timed(rows, phase):
+    """Each row says how long its step or evaluation took and the memory of it; the next one, what saving took."""
+    steps = {row["step"]: row for row in rows if "epoch" in row}
+    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    timed = [(row, phase) for row in steps.values()] + [(row, "evaluation") for row in evaluations]
+    timed.append((steps[3], "saving"))
+    for row, name in timed:
+        assert row[f"timing_s/{name}"] > 0 and row[f"memory_gb/{name}"] > 0
+    assert evaluations and len(timed) - 1 == len(rows)
+    assert [row["step"] for row in rows if "timing_s/saving" in row] == [3]
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(
     ("stage", "parts"),
@@ -61,6 +73,7 @@ def test_resume(project, stage, parts, lora):
         (resumed / part / "checkpoint-4").rename(resumed / part / ".checkpoint-4.partial")
     train(project, stage, "--output_dir", resumed.name, *steps, *more, "--resume_from_checkpoint", "auto")
     assert rows_of(resumed) == rows_of(whole)
+    assert_timed(read_rows(whole / "metrics.jsonl"), "update" if stage in ("ppo", "offline") else "training")
     for part in parts:
         one, other = (weights_of(folder / part / "checkpoint-4") for folder in (whole, resumed))
         assert any("lora_A" in name for name in one) == lora

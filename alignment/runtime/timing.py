@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from alignment.runtime.whereabouts import in_phase
 
@@ -18,19 +19,21 @@ _last_mark = 0.0  # GB: the resident memory's high-water mark at the end of the 
 class PhaseTimer:
     """``with timer("rollout"): ...`` adds up seconds and keeps the peak memory; ``pop`` gives both and starts anew.
 
-    A phase inside another counts for itself alone, so that phases add up to the time they took together.
+    A phase inside another counts for itself alone, so that phases add up to the time they took together. Timers know
+    nothing of each other: what runs inside another timer's phase counts for both.
     """
+
+    _running: ClassVar[list[tuple[PhaseTimer, str]]] = []  # the phases of all timers that run now, the innermost last
 
     def __init__(self) -> None:
         self._seconds: Counter[str] = Counter()
         self._inside = 0.0  # seconds of the phases that have ended inside the present one
         self._peaks: dict[str, float] = {}
-        self._running: list[str] = []  # the phases that run now, the innermost last
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self._note_peak()
-        self._running.append(phase)
+        self._running.append((self, phase))
         started, before, self._inside = time.perf_counter(), self._inside, 0.0
         try:
             with in_phase(phase):
@@ -43,11 +46,12 @@ class PhaseTimer:
             self._running.pop()
 
     def _note_peak(self) -> None:
-        """Count the memory since the last call for the phase that runs; call it where another begins or ends."""
+        """Count the memory since the last call for each timer's innermost phase; call it where one begins or ends."""
         peak = end_memory_span()
-        if self._running and peak is not None:
-            phase = self._running[-1]
-            self._peaks[phase] = max(peak, self._peaks.get(phase, 0.0))
+        if peak is None:
+            return
+        for timer, phase in dict(self._running).items():  # of a timer's phases the last is kept
+            timer._peaks[phase] = max(peak, timer._peaks.get(phase, 0.0))
 
     def pop(self) -> dict[str, float]:
         """{"timing_s/<phase>": seconds, "memory_gb/<phase>": peak}, as far as known, since the last call."""

@@ -12,6 +12,7 @@ from alignment.parallel.topology import topology
 from alignment.runtime.console import progress
 from alignment.runtime.metrics import MetricsWriter
 from alignment.runtime.termination import Stopped, is_stopping, postponed
+from alignment.runtime.timing import PhaseTimer
 from alignment.runtime.whereabouts import here, in_phase
 from alignment.training.best import BestTracker
 from alignment.training.health import Health
@@ -34,7 +35,8 @@ def run_loop(
 ) -> Metrics:
     """Call ``step`` with start + 1, ..., total_steps; evaluate and save when the arguments say so, and at the end.
 
-    A new best evaluation is saved at once; early_stopping_patience may end the loop sooner.
+    A new best evaluation is saved at once; early_stopping_patience may end the loop sooner. Rows also have what
+    evaluation and saving took since the row before.
 
     Args:
         start: steps that are done; after 0 the untrained model is evaluated first.
@@ -44,18 +46,20 @@ def run_loop(
     Returns: what the last evaluation gave.
     Raises: Stopped after SIGTERM, when the step that was going on is saved.
     """
-    here.step = start
+    here.step, timer = start, PhaseTimer()
     with MetricsWriter(args, args.output_dir, resume_from=start) as writer, Health(args, start) as health, postponed():
 
         def record(number: int, metrics: Metrics) -> None:
-            writer.write(number, metrics)
+            writer.write(number, metrics | timer.pop())
             health.observe(number, metrics)
 
         def record_evaluation(number: int) -> Metrics:
-            with in_phase("evaluation"):
+            with timer("evaluation"):
                 metrics = evaluate(number)
             if metrics:
                 record(number, metrics)
+            else:
+                timer.pop()  # there was nothing to evaluate on
             return metrics
 
         result = record_evaluation(0) if start == 0 else {}
@@ -74,7 +78,7 @@ def run_loop(
                 stops = not last and _any_is_stopping()
                 due = is_due(args.save_strategy, args.save_steps, number, steps_per_epoch)
                 if last or stops or due or best.best_step == number:
-                    with in_phase("saving"):
+                    with timer("saving"):
                         save(number)
                 if last or stops:
                     checkpoints.finish()

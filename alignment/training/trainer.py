@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from alignment.parallel.pipeline import MicroBatch
 from alignment.parallel.topology import topology
 from alignment.ppo.models.saving import collect_model
 from alignment.runtime.files import Files
-from alignment.runtime.timing import peak_memory_gb
+from alignment.runtime.timing import PhaseTimer, peak_memory_gb
 from alignment.training.batches import BatchSchedule, idle_rounds, own_micro_batches
 from alignment.training.best import BestTracker
 from alignment.training.checkpoint import content, load_training_state
@@ -58,7 +57,7 @@ class StageTrainer(ABC):
         self.total_steps = total_steps(args, self.schedule.steps_per_epoch)
         settings, guard = OptimizerSettings.from_arguments(args), Guard.from_arguments(args)
         self.engine = TrainingEngine(model, settings, self.total_steps, "model", guard)
-        self.output_dir, self.best = Path(args.output_dir), BestTracker(args)
+        self.output_dir, self.best, self.timer = Path(args.output_dir), BestTracker(args), PhaseTimer()
         self.checkpoints = CheckpointWriter(args, self.best)
 
     # ---- what a subclass provides -----------------------------------------------------------------------------------
@@ -108,9 +107,22 @@ class StageTrainer(ABC):
 
     def training_step(self, step: int) -> dict[str, float]:
         """One optimizer step on global batch number ``step``, counted from 1."""
-        started = time.perf_counter()
         indices = self.schedule(step - 1).tolist()
-        items = [self.train_set[index] for index in indices]
+        with self.timer("training"):
+            items = [self.train_set[index] for index in indices]
+            metrics = self._learn(items, indices)
+        timings = self.timer.pop()
+        seconds = timings["timing_s/training"]
+        return metrics | {
+            "epoch": step / self.schedule.steps_per_epoch,
+            **timings,
+            "perf/iteration_s": seconds,
+            "perf/tokens_per_s": sum(_count_tokens(item) for item in items) / seconds,
+            "perf/max_memory_gb": peak_memory_gb(),
+        }
+
+    def _learn(self, items: list[dict], indices: Sequence[int]) -> dict[str, float]:
+        """One optimizer step on these samples, which ``indices`` name in the data set; its metrics."""
         size = self.args.per_device_train_batch_size
         reports = self.engine.accumulate(self._micro_batches(items, size, indices), idle_rounds(len(items), size))
         loss, rows = _over_processes(reports)
@@ -118,13 +130,7 @@ class StageTrainer(ABC):
         if not metrics.get("skipped_steps"):
             metrics |= self.describe(loss, rows)
             self.finish_step(rows)
-        seconds = time.perf_counter() - started
-        return metrics | {
-            "epoch": step / self.schedule.steps_per_epoch,
-            "perf/iteration_s": seconds,
-            "perf/tokens_per_s": sum(_count_tokens(item) for item in items) / seconds,
-            "perf/max_memory_gb": peak_memory_gb(),
-        }
+        return metrics
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on all held-out samples."""

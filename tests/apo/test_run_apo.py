@@ -49,6 +49,7 @@ KILLS = [  # each after the one before
     "open round-2/samples.jsonl.partial.jsonl 4",  # after the first batch of two, which is the third write
     "os.rename round-2/policy/checkpoint-2 1",
 ]
+MEASURED = ("timing_s/", "memory_gb/", "perf/")
 TIMED = ("run.json", "metrics.jsonl", "log")
 
 
@@ -159,4 +160,4 @@ def files_of(folder):
 
 def rows_of(path):
     rows = read_rows(path)
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(MEASURED)} for row in rows]

@@ -21,6 +21,7 @@ from data import DataError, RawDataset, RawSample
 from tests.models.reference import logits
 from tests.stages import ARGUMENTS, read_rows, weights_of, write_tiny_model
 
+MEASURED = ("timing_s/", "memory_gb/", "perf/")
 ANSWERS = [  # prompt, answers, scores
     ("Say cat", ["cat", "a cat", "dog"], [0.5, 1.0, 0.0]),
     ("Say owl", ["owl", "dog owl"], [1.0, 1.0]),  # a tie
@@ -163,7 +164,7 @@ def test_accumulation_changes_nothing(folder, update):
         trainer.training_step(1)  # the schedule's first step learns nothing
         metrics = trainer.training_step(2)
         weights = [p.numpy() for p in trainer.model.parameters()]
-        return {name: value for name, value in metrics.items() if not name.startswith("perf/")}, weights
+        return {name: value for name, value in metrics.items() if not name.startswith(MEASURED)}, weights
 
     (one, weights), (other, same) = step(5), step(1)
     assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
@@ -176,7 +177,8 @@ def test_rjs_is_sft_on_the_best_answers(folder):
     best = {"train_datasets": "best-answers", "eval_datasets": "best-answers"}
     sft = build_sft(*parse(arguments(folder, "sft", **best), SFT_GROUPS))
     rjs = build(folder, policy_update="rjs")
-    ours = [{n: v for n, v in t.training_step(s).items() if "perf/" not in n} for t in (sft, rjs) for s in (1, 2, 3)]
+    steps = [trainer.training_step(step) for trainer in (sft, rjs) for step in (1, 2, 3)]
+    ours = [{name: value for name, value in row.items() if not name.startswith(MEASURED)} for row in steps]
     assert ours[:3] == ours[3:] and sft.evaluate() == rjs.evaluate()
     for expected, found in zip(sft.model.parameters(), rjs.model.parameters(), strict=True):
         np.testing.assert_array_equal(found.numpy(), expected.numpy())

@@ -29,6 +29,16 @@ def test_a_phase_inside_another_counts_for_itself(monkeypatch):
     assert timer.pop() == {}
 
 
+def test_what_runs_inside_another_timers_phase_counts_for_both(monkeypatch):
+    monkeypatch.setattr(timing, "end_memory_span", lambda: None)
+    clock = iter([0, 1, 4, 7])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    loop, timer = PhaseTimer(), PhaseTimer()
+    with loop("evaluation"), timer("rollout"):  # 0 to 7, 1 to 4
+        pass
+    assert (loop.pop(), timer.pop()) == ({"timing_s/evaluation": 7.0}, {"timing_s/rollout": 3.0})
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
 def test_each_phase_has_its_own_peak():
     command = [sys.executable, "-m", "tests.runtime.memory_phases"]
@@ -36,6 +46,7 @@ def test_each_phase_has_its_own_peak():
     base = found["reset"]["memory_gb/update"]
     assert found["reset"]["memory_gb/offload"] - base == pytest.approx(0.2, abs=0.05)
     assert found["reset"]["memory_gb/score"] - base == pytest.approx(0.4, abs=0.05)
+    assert found["reset"]["memory_gb/evaluation"] == found["reset"]["memory_gb/score"]  # of both timers' phases
     assert found["reset"]["peak"] - base > 0.9  # what all phases' marks do not hide
     unseen = found["not reset"]  # 400 MB under a mark that stays
     assert unseen["memory_gb/score"] == pytest.approx(base, abs=0.05)
