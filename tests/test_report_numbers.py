@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from alignment.report.panels import panels_of
+from alignment.report.phases import mean_seconds, seconds_per_step, shares
 from alignment.report.plots import draw_stage, smooth
 from alignment.report.reading import Stage, read_stages
 from alignment.report.tables import compare_rewards, headline, verdict, with_error
@@ -24,6 +26,7 @@ def test_paired_standard_error_by_hand():
 
 def test_paired_prompts_are_those_of_both_steps_and_answers_are_averaged():
     samples = rows(0, {1: 0.0, 2: 0.0, 8: 100.0}) + rows(4, {1: 2.0, 2: 1.0, 9: 100.0}) + rows(4, {1: 4.0})
+    samples += [row | {"decoding": "beta_4"} for row in rows(4, {1: 50.0, 2: 50.0})]  # another policy's
     paired = compare_rewards(samples)
     assert (paired.count, paired.difference) == (2, 2.0)  # prompt 1: (2 + 4) / 2 - 0 = 3, prompt 2: 1
 
@@ -81,7 +84,29 @@ def test_only_what_exists_is_drawn(tmp_path):
     assert [picture.key for picture in pictures] == ["kl", "timing"]
 
 
-def test_a_judge_has_its_rows_and_plots(tmp_path):
+def test_evaluation_and_saving_are_spread_over_the_steps_that_they_follow(tmp_path):
+    """Rows of every other step: two seconds a step, evaluations of 4, 2 and 6 seconds, a save of 2."""
+    metrics = [{"step": 0, "eval/loss": 1.0, "timing_s/evaluation": 4.0}]
+    metrics += [{"step": step, "loss": 1.0, "timing_s/training": 2.0, "memory_gb/training": 1.0} for step in (2, 4, 6)]
+    metrics[3] |= {"timing_s/saving": 2.0, "memory_gb/saving": 1.5}
+    metrics += [{"step": step, "eval/loss": 1.0, "timing_s/evaluation": value} for step, value in ((3, 2.0), (6, 6.0))]
+    write_lines(tmp_path / "metrics.jsonl", metrics)
+    (stage,) = read_stages(tmp_path)
+    phases = seconds_per_step(stage)
+    assert phases == {
+        "training": {2: 2.0, 4: 2.0, 6: 2.0}, "evaluation": {2: 2.0, 4: 1.0, 6: 3.0}, "saving": {6: 1.0}
+    }  # fmt: skip
+    assert mean_seconds(phases) == {"training": 2.0, "evaluation": 2.0, "saving": pytest.approx(1 / 3)}
+    assert shares(phases)["training"] == pytest.approx(6 / 13)
+    told = {picture.key: picture.alt for picture in draw_stage(stage)}
+    assert told["timing"] == "Time per step: training 46%, evaluation 46%, saving 8%"
+    assert told["memory"] == "Peak memory by phase: training up to 1 GB, saving up to 1.5 GB"
+    evaluated = Stage(tmp_path, "sft", {"timing_s/evaluation": {0: 1.0}})
+    assert seconds_per_step(evaluated) == {} and draw_stage(evaluated) == []
+
+
+@pytest.mark.parametrize("told", [{}, {"logged/answers": 8}], ids=["online", "logged answers"])
+def test_a_judge_has_its_rows_and_plots(tmp_path, told):
     write_lines(
         tmp_path / "metrics.jsonl",
         [
@@ -92,11 +117,13 @@ def test_a_judge_has_its_rows_and_plots(tmp_path):
                 "eval/judge_reward_sem": 0.125,
                 "eval/win_rate": 0.5 + 0.1 * step,
                 "eval/win_rate_sem": 0.05 * step,
+                **told,
             }
             for step in range(3)
         ],
     )
     (stage,) = read_stages(tmp_path)
+    assert stage.kind == ("offline" if told else "ppo")
     assert [picture.key for picture in draw_stage(stage)] == ["reward", "judge", "win_rate"]
     judge, wins = headline(stage)[1:]
     assert (judge["start"], judge["final"], judge["change"]) == ("0.00 ± 0.12", "0.50 ± 0.12", "+0.5")
@@ -119,6 +146,30 @@ def test_logged_answers(tmp_path):
     }
     changes = {row["label"]: row["change"] for row in headline(stage)}
     assert changes["Held-out reward"] == "+0.2" and changes["Loss on held-out logged answers"] == "-1"
+
+
+def test_answers_of_ilql_by_several_betas(tmp_path):
+    """Each beyond the first has a curve of its own beside the first one's, with its own standard errors."""
+    metrics = [{"step": 2, "loss/ilql_avg": 2.5, "logged/answers": 8}]
+    for step in (0, 2):
+        values = {"reward_mean": 0.5 * step, "reward_sem": 0.1, "kl_mean": 1.0, "win_rate": 0.5, "win_rate_sem": 0.1}
+        first = {f"eval/{name}": value for name, value in values.items()}
+        others = {f"eval/beta_{beta}/{name}": value + beta for beta in (4, 0.5) for name, value in values.items()}
+        metrics.append({"step": step, "eval/loss": 3.0 - step, **first, **others})
+    write_lines(tmp_path / "metrics.jsonl", metrics)
+    (stage,) = read_stages(tmp_path)
+    told = {picture.key: picture.alt for picture in draw_stage(stage)}
+    assert set(told) == {"reward", "win_rate", "kl", "policy_loss", "frontier"}
+    assert told["reward"] == (
+        "Reward: held-out from 0 at 0 to 1 at 2; held-out, beta 4 from 4 at 0 to 5 at 2; "
+        "held-out, beta 0.5 from 0.5 at 0 to 1.5 at 2"
+    )
+    assert "beta 4 from 5 at 0" in told["kl"] and "beta 0.5 from 1 at 0" in told["win_rate"]
+    assert "held-out from 3 at 0 to 1 at 2; training from 2.5 at 2" in told["policy_loss"]
+    (reward,) = (panel for panel in panels_of(stage) if panel.key == "reward")
+    assert [curve.errors for curve in reward.curves] == [
+        *("eval/reward_sem", "eval/beta_4/reward_sem", "eval/beta_0.5/reward_sem")
+    ]
 
 
 def test_policy_updates(tmp_path):

@@ -19,6 +19,7 @@ from alignment.report.bands import (
 )
 from alignment.report.distributions import draw_boxes
 from alignment.report.panels import LEARNING_RATE, Panel, panels_of
+from alignment.report.phases import BETWEEN, mean_seconds, seconds_per_step
 from alignment.report.plots import SMOOTHED_FROM, mark_alerts, smooth, tell_series
 from alignment.report.reading import Stage
 from alignment.report.style import HEIGHT, NEUTRAL, STYLE, Picture, count_steps, finish, new_axes, phase_colors
@@ -80,14 +81,18 @@ def _is_long(steps: np.ndarray, held_out: bool) -> bool:
 
 def _draw_timing(groups: Groups, unit: str) -> Iterator[Picture]:
     """Seconds a step by phase, one bar a group; what no phase accounts for is grey."""
-    means = {label: _mean_phases(stages, "timing_s") for label, stages in groups.items()}
+    means = {
+        label: _over_runs([mean_seconds(seconds_per_step(stage)) for stage in stages])
+        for label, stages in groups.items()
+    }
     means = {label: phases for label, phases in means.items() if phases}
     if not means:
         return
     axes = new_axes(f"Mean time of {'an' if unit == 'iteration' else 'a'} {unit}", "seconds", "", _height(means))
     colors = phase_colors(sorted({phase for phases in means.values() for phase in phases})) | {"other": NEUTRAL}
     for place, (label, phases) in enumerate(means.items()):
-        whole = max(_mean_of(groups[label], "perf/iteration_s"), sum(phases.values()))
+        between = sum(phases.get(phase, 0.0) for phase in BETWEEN)
+        whole = max(_mean_of(groups[label], "perf/iteration_s") + between, sum(phases.values()))
         left = 0.0
         for phase, color in colors.items():
             seconds = whole - sum(phases.values()) if phase == "other" else phases.get(phase, 0.0)
@@ -102,7 +107,7 @@ def _draw_timing(groups: Groups, unit: str) -> Iterator[Picture]:
 
 def _draw_memory(groups: Groups) -> Iterator[Picture]:
     """The highest peak of each phase, one row a group."""
-    peaks = {label: _mean_phases(stages, "memory_gb", max) for label, stages in groups.items()}
+    peaks = {label: _over_runs([_peaks(stage) for stage in stages]) for label, stages in groups.items()}
     peaks = {label: phases for label, phases in peaks.items() if phases}
     if not peaks:
         return
@@ -118,13 +123,14 @@ def _draw_memory(groups: Groups) -> Iterator[Picture]:
     yield finish(axes, "memory", "; ".join(told))
 
 
-def _mean_phases(stages: Sequence[Stage], quantity: str, over_steps=lambda values: float(np.mean(values))) -> dict:
-    """{phase: mean over runs of the mean, or what ``over_steps`` makes of it, over steps}."""
-    found: dict[str, list[float]] = {}
-    for stage in stages:
-        for phase, points in stage.phases(quantity).items():
-            found.setdefault(phase, []).append(over_steps(list(points.values())))
-    return {phase: float(np.mean(values)) for phase, values in found.items()}
+def _peaks(stage: Stage) -> dict[str, float]:
+    return {phase: max(points.values()) for phase, points in stage.phases("memory_gb").items()}
+
+
+def _over_runs(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """{phase: the mean over the runs that know it}."""
+    names = dict.fromkeys(phase for run in runs for phase in run)
+    return {phase: float(np.mean([run[phase] for run in runs if phase in run])) for phase in names}
 
 
 def _mean_of(stages: Sequence[Stage], metric: str) -> float:

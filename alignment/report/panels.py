@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from alignment.report.reading import Stage
 from alignment.report.style import EXTRA, HELD_OUT, THIRD, TRAIN
@@ -36,21 +37,23 @@ def _sides(name: str) -> tuple[Curve, ...]:
     return Curve(f"{name}/chosen", "chosen", THIRD), Curve(f"{name}/rejected", "rejected", EXTRA[1])
 
 
+JUDGE = Panel(
+    "judge",
+    "Judge's reward",
+    "reward of a model not trained on",
+    (Curve("eval/judge_reward_mean", "held-out", HELD_OUT, "eval/judge_reward_sem"),),
+)
+WIN_RATE = Panel(
+    "win_rate",
+    "Win rate against the initial policy",
+    "share of prompts",
+    (Curve("eval/win_rate", "held-out", HELD_OUT, "eval/win_rate_sem"),),
+)
 PANELS = {
     "ppo": (
         Panel("reward", "Reward", "reward", _pair("rollout/reward_mean", "eval/reward_mean", "eval/reward_sem")),
-        Panel(
-            "judge",
-            "Judge's reward",
-            "reward of a model not trained on",
-            (Curve("eval/judge_reward_mean", "held-out", HELD_OUT, "eval/judge_reward_sem"),),
-        ),
-        Panel(
-            "win_rate",
-            "Win rate against the initial policy",
-            "share of prompts",
-            (Curve("eval/win_rate", "held-out", HELD_OUT, "eval/win_rate_sem"),),
-        ),
+        JUDGE,
+        WIN_RATE,
         Panel("kl", "KL to the reference", "nats per answer", _pair("objective/kl", "eval/kl_mean")),
         Panel("length", "Answer length", "tokens", _pair("rollout/length_mean", "eval/length_mean")),
         Panel("truncated", "Truncated answers", "share", _pair("rollout/truncated_rate", "eval/truncated_rate")),
@@ -61,9 +64,17 @@ PANELS = {
     ),
     "offline": (
         Panel("reward", "Reward", "reward", (Curve("eval/reward_mean", "held-out", HELD_OUT, "eval/reward_sem"),)),
+        JUDGE,
+        WIN_RATE,
         Panel("kl", "KL to the reference", "nats per answer", (Curve("eval/kl_mean", "held-out", HELD_OUT),)),
         Panel("length", "Answer length", "tokens", (Curve("eval/length_mean", "held-out", HELD_OUT),)),
-        Panel("policy_loss", "Policy loss", "loss", _pair("loss/policy_avg", "eval/loss")),
+        Panel("truncated", "Truncated answers", "share", (Curve("eval/truncated_rate", "held-out", HELD_OUT),)),
+        Panel(
+            "policy_loss",
+            "Policy loss",
+            "loss",
+            (*_pair("loss/policy_avg", "eval/loss"), Curve("loss/ilql_avg", "training", TRAIN)),
+        ),
         Panel("value_loss", "Value loss", "loss", _pair("loss/value_avg", "eval/value_loss")),
         Panel("entropy", "Entropy of the policy", "nats per token", (Curve("policy/entropy_avg", "policy", TRAIN),)),
     ),
@@ -90,8 +101,26 @@ LEARNING_RATE = Panel("lr", "Learning rate", "learning rate", (Curve("lr", "lr",
 def panels_of(stage: Stage) -> list[Panel]:
     """The stage's plots that have something to show."""
     components = [] if stage.kind == "update" else [_component_panel(stage)]  # whose rewards/ are implicit ones
-    panels = [*PANELS[stage.kind], *components, LEARNING_RATE]
+    panels = [*(_with_decodings(panel, stage) for panel in PANELS[stage.kind]), *components, LEARNING_RATE]
     return [panel for panel in panels if any(curve.metric in stage.metrics for curve in panel.curves)]
+
+
+def _with_decodings(panel: Panel, stage: Stage) -> Panel:
+    """With what answers by the further betas of ILQL's decoding are worth, beside the first one's."""
+    betas = dict.fromkeys(match[1] for name in stage.metrics if (match := re.match(r"eval/beta_([^/]+)/", name)))
+    colors = (THIRD, *EXTRA)
+    more = [
+        Curve(
+            curve.metric.replace("eval/", f"eval/beta_{beta}/"),
+            f"{curve.label}, beta {beta}",
+            colors[place % len(colors)],
+            curve.errors and curve.errors.replace("eval/", f"eval/beta_{beta}/"),
+        )
+        for place, beta in enumerate(betas)
+        for curve in panel.curves
+        if curve.metric.startswith("eval/")
+    ]
+    return replace(panel, curves=(*panel.curves, *(curve for curve in more if curve.metric in stage.metrics)))
 
 
 def _component_panel(stage: Stage) -> Panel:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from alignment.report.bands import draw_frontiers
 from alignment.report.distributions import draw_histograms
 from alignment.report.panels import LEARNING_RATE, Curve, Panel, panels_of
+from alignment.report.phases import Phases, seconds_per_step, shares
 from alignment.report.reading import Stage
 from alignment.report.style import STYLE, Picture, count_steps, finish, new_axes, phase_colors
 from alignment.report.tables import number
@@ -26,8 +27,8 @@ def draw_stage(stage: Stage) -> list[Picture]:
         pictures = [_draw_panel(stage, panel) for panel in panels_of(stage)]
         pictures += draw_frontiers({"": [stage]})
         pictures += draw_histograms(stage.samples)
-        if stage.phases("timing_s"):
-            pictures.append(_draw_timing(stage))
+        if phases := seconds_per_step(stage):
+            pictures.append(_draw_timing(phases, stage.unit))
         if stage.phases("memory_gb"):
             pictures.append(_draw_memory(stage))
     return pictures
@@ -87,31 +88,23 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def _draw_timing(stage: Stage) -> Picture:
-    """Seconds per iteration, phases stacked; neighbouring iterations are averaged where there are many."""
-    phases = stage.phases("timing_s")
+def _draw_timing(phases: Phases, unit: str) -> Picture:
+    """Seconds a step, phases stacked; neighbouring steps are averaged where there are many."""
     steps = sorted({step for points in phases.values() for step in points})
     size = -(-len(steps) // MOST_BARS)
     bins = [np.array(steps[start : start + size]) for start in range(0, len(steps), size)]
     centers = np.array([group.mean() for group in bins])
     width = 0.85 * (float(np.diff(centers).min()) if len(centers) > 1 else 1.0)
-    axes = count_steps(new_axes("Time per iteration", stage.unit, "seconds"))
-    bottom, shares = np.zeros(len(bins)), share_of_phases(phases)
+    axes = count_steps(new_axes(f"Time per {unit}", unit, "seconds"))
+    bottom, parts = np.zeros(len(bins)), shares(phases)
     for phase, color in phase_colors(list(phases)).items():
         points = phases[phase]
         heights = np.array([np.mean([points.get(step, 0.0) for step in group.tolist()]) for group in bins])
-        axes.bar(centers, heights, width, bottom, color=color, label=f"{phase} {shares[phase]:.0%}")
+        axes.bar(centers, heights, width, bottom, color=color, label=f"{phase} {parts[phase]:.0%}")
         bottom += heights
     axes.grid(axis="x", visible=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
-    return finish(axes, "timing", ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items()))
-
-
-def share_of_phases(phases: dict[str, dict[int, float]]) -> dict[str, float]:
-    """{phase: its part of the time that all took together}."""
-    sums = {phase: sum(points.values()) for phase, points in phases.items()}
-    everything = sum(sums.values()) or 1.0
-    return {phase: value / everything for phase, value in sums.items()}
+    return finish(axes, "timing", ", ".join(f"{phase} {part:.0%}" for phase, part in parts.items()))
 
 
 def _draw_memory(stage: Stage) -> Picture:

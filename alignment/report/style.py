@@ -16,10 +16,12 @@ RUNS = (TRAIN, HELD_OUT, THIRD, *EXTRA, "#2b9aa6", "#c8699e", "#7a5a3c", "#96ad3
 MARKERS = "osD^vPX*<>hd"
 NEUTRAL = "#9aa0a6"
 PHASES = {  # phase: its colour in every plot
+    "training": TRAIN,
     "rollout": TRAIN,
     "score": HELD_OUT,
     "update": THIRD,
-    "evaluate": EXTRA[0],
+    "evaluation": EXTRA[0],
+    "saving": EXTRA[3],
     "reshard": EXTRA[1],
     "offload": EXTRA[2],
 }

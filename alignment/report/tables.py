@@ -14,22 +14,22 @@ import numpy as np
 from alignment.report.reading import Stage, finite
 
 NOT_AVAILABLE = "n/a"
+ANSWERS = {  # metric of a policy's own answers to held-out prompts -> label
+    "eval/reward_mean": "Held-out reward",
+    "eval/judge_reward_mean": "Held-out reward by the judge",
+    "eval/win_rate": "Win rate against the initial policy (share)",
+    "eval/kl_mean": "KL to the reference (nats per answer)",
+    "eval/length_mean": "Answer length (tokens)",
+    "eval/truncated_rate": "Truncated answers (share)",
+}
 HEADLINES = {  # metric -> label, in the order of the table's rows
-    "ppo": {
-        "eval/reward_mean": "Held-out reward",
-        "eval/judge_reward_mean": "Held-out reward by the judge",
-        "eval/win_rate": "Win rate against the initial policy (share)",
-        "eval/kl_mean": "KL to the reference (nats per answer)",
-        "eval/length_mean": "Answer length (tokens)",
-        "eval/truncated_rate": "Truncated answers (share)",
-    },
+    "ppo": ANSWERS,
     "offline": {
-        "eval/reward_mean": "Held-out reward",
-        "eval/kl_mean": "KL to the reference (nats per answer)",
-        "eval/length_mean": "Answer length (tokens)",
+        **ANSWERS,
         "eval/loss": "Loss on held-out logged answers",
         "eval/vf_explained_var": "Variance of held-out returns that the critic explains",
         "loss/policy_avg": "Training loss",
+        "loss/ilql_avg": "ILQL's training loss",
     },
     "rm": {
         "eval/accuracy": "Held-out accuracy",
@@ -77,12 +77,12 @@ class Paired:
 def compare_rewards(samples: Iterable[dict[str, Any]]) -> Paired | None:
     """Pair the rewards of the first and the last evaluated step by prompt_id.
 
-    Several answers to a prompt are averaged first; prompts not evaluated at both steps do not count. None if there
-    are not two steps with a common prompt.
+    Several answers to a prompt are averaged first; prompts not evaluated at both steps do not count, nor answers that
+    were steered when decoding. None if there are not two steps with a common prompt.
     """
     rewards: dict[int, dict[Any, list[float]]] = {}
     for row in samples:
-        if (reward := finite(row.get("reward"))) is not None:
+        if "decoding" not in row and (reward := finite(row.get("reward"))) is not None:
             rewards.setdefault(row["step"], {}).setdefault(row["prompt_id"], []).append(reward)
     if len(rewards) < 2:
         return None
