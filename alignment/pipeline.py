@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.runtime.argument_fields import without_secrets
 from alignment.runtime.arguments import read_json_object
 from alignment.runtime.command_line import CommandParser
 from alignment.runtime.faults import run_main
@@ -29,8 +30,8 @@ class UserFileStep(TrainingStep):
     argument_file: Path = Path()
 
     def describe(self) -> dict[str, Any]:
-        """The command, and what stands in the file."""
-        return super().describe() | read_json_object(self.argument_file)
+        """The command, and what stands in the file but secrets."""
+        return super().describe() | without_secrets(read_json_object(self.argument_file))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from alignment.pipeline import UserFileStep
 from alignment.ppo.models.loading import load_policy
 from tests.stages import ARGUMENTS, CHECKOUT, read_rows, weights_of, write_project
 
@@ -67,3 +68,10 @@ def test_pipeline(project):
     assert status == 2
     assert '"max_steps": 0.5' in shown
     assert json.loads((out / "pipeline.json").read_text())["finished"] == ["sft"]
+
+
+def test_a_secret_in_an_argument_file_is_not_recorded(tmp_path):
+    file = tmp_path / "ppo_argument.json"
+    file.write_text(json.dumps({"max_steps": 2, "reward_server_token": "hunter2"}))
+    step = UserFileStep("ppo", "run_ppo.py", argument_file=file)
+    assert step.describe() == {"command": "run_ppo.py", "max_steps": 2}

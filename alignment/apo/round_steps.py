@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.runtime import steps
+from alignment.runtime.argument_fields import hide_secrets, without_secrets
 from alignment.runtime.files import write_text
 from alignment.runtime.steps import Step
 
@@ -32,13 +33,18 @@ class StageStep(Step):
     argument_file: Path = Path()
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | dict(self.arguments)
+        return super().describe() | without_secrets(self.arguments)
 
     def begin(self) -> str:
         command = super().begin()
-        self.argument_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.argument_file, json.dumps(self.arguments, indent=2) + "\n")
+        self.write_arguments()
         return command
+
+    def write_arguments(self) -> None:
+        """Write the file; one that holds a secret is for its owner's eyes only."""
+        has_secret = hide_secrets(self.arguments) != self.arguments
+        self.argument_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.argument_file, json.dumps(self.arguments, indent=2) + "\n", private=has_secret)
 
 
 class TrainingStep(steps.TrainingStep, StageStep):
@@ -54,6 +60,7 @@ class FileStep(StageStep):
 
     def go_on(self) -> str | None:
         if not self.output.exists():
+            self.write_arguments()  # a secret may be another now
             return self.command
         self._partial.unlink(missing_ok=True)
         return None

@@ -18,6 +18,7 @@ from alignment.apo.game import Game
 from alignment.apo.round_arguments import RoundArguments
 from alignment.apo.round_checks import check_queries, check_steps, rehearse_training
 from alignment.apo.round_report import write_report
+from alignment.runtime.argument_fields import hide_secrets
 from alignment.runtime.arguments import parse
 from alignment.runtime.faults import run_main
 from alignment.runtime.files import write_text
@@ -41,7 +42,7 @@ def main() -> None:
         check_steps(steps, args)
         check_queries(args)
     runner, started = StepRunner(record, steps, args.overwrite_output_dir), time.perf_counter()
-    write_text(game.output / "game.json", json.dumps(asdict(args), indent=2) + "\n")
+    write_text(game.output / "game.json", json.dumps(hide_secrets(asdict(args)), indent=2) + "\n")
     with stoppable("SIGTERM between two steps; to go on, run the same command again"):
         for number, part in enumerate(rounds):
             for step in part:

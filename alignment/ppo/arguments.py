@@ -86,7 +86,9 @@ class TrainingArguments(StageArguments):
     reward_server: str | None = argument(None, "URL of a reward server.", group="Reward")
     reward_server_timeout: float = argument(60.0, "Seconds to wait for one answer of it.", group="Reward", gt=0)
     reward_server_retries: int = argument(3, "Further tries after the first.", group="Reward", ge=0)
-    reward_server_token: str | None = argument(None, "Bearer token for it; kept out of run.json.", group="Reward")
+    reward_server_token: str | None = argument(
+        None, "Bearer token for it; kept out of run.json and other records.", group="Reward"
+    )
     reward_weights: list[float] | None = argument(
         None,
         "Weights of the sources in use, in the order model, function, server; default: 1 each.",

@@ -7,7 +7,7 @@ import enum
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -137,9 +137,15 @@ def is_text(value: Any) -> bool:
     return True
 
 
-def hide_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, with secrets that are set replaced by HIDDEN."""
-    return {name: HIDDEN if value and name.endswith(SECRET_ENDINGS) else value for name, value in values.items()}
+def hide_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, with secrets that are set replaced by HIDDEN, also in an argument that is an object."""
+    shown = {name: hide_secrets(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: HIDDEN if value and name.endswith(SECRET_ENDINGS) else value for name, value in shown.items()}
+
+
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, but no secret: what they come to does not depend on these."""
+    return {name: value for name, value in values.items() if not name.endswith(SECRET_ENDINGS)}
 
 
 def arguments_of(owner: type) -> list[Argument]:

@@ -106,15 +106,18 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """A whole file of this content."""
+def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
+    """A whole file of this content; ``private``: only its owner may read it."""
     with whole(path) as partial:
+        if private:
+            partial.touch()
+            partial.chmod(0o600)
         partial.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, private: bool = False) -> None:
     """The same in UTF-8."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), private)
 
 
 def sha256_of(*paths: Path) -> str:

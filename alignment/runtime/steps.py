@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from alignment.runtime.argument_fields import without_secrets
 from alignment.runtime.faults import UsageError
 from alignment.runtime.files import write_text
 from alignment.runtime.lock import lock
@@ -39,7 +40,7 @@ class Step:
     output: Path | None = None
 
     def describe(self) -> dict[str, Any]:
-        """All that the step was told, as JSON values by name: a step that was told the same need not run again."""
+        """All that the step was told but secrets, as JSON values by name: one told the same need not run again."""
         return {"command": self.command}
 
     def begin(self) -> str:
@@ -119,7 +120,10 @@ class StepRunner:
 def read_record(path: Path) -> dict[str, Any]:
     """What a StepRunner left: "steps", what each was told by name; "begun", a name or None; "finished", names."""
     record = {"steps": {}, "begun": None, "finished": []}
-    return record | json.loads(path.read_text(encoding="utf-8")) if path.exists() else record
+    if path.exists():
+        record |= json.loads(path.read_text(encoding="utf-8"))
+    # older versions wrote secrets too
+    return record | {"steps": {name: without_secrets(told) for name, told in record["steps"].items()}}
 
 
 def knows(path: Path, steps: Sequence[Step]) -> bool:

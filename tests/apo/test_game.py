@@ -11,6 +11,7 @@ from alignment.apo.round_arguments import RoundArguments
 from alignment.apo.round_checks import check_queries
 from alignment.runtime.arguments import parse
 from alignment.runtime.faults import UsageError
+from alignment.runtime.steps import Step, StepRunner, knows
 from data import DataError
 from tests.stages import CHECKOUT
 
@@ -167,3 +168,41 @@ def test_the_authors_files_are_read_before_the_first_step(tmp_path):
 def test_what_cannot_work_is_refused(words, message):
     with pytest.raises((UsageError, DataError), match=message):
         steps_of(SMALL, *words)
+
+
+def test_a_secret_stands_in_its_steps_argument_file_alone(tmp_path, monkeypatch, capsys):
+    """Another secret is no other step, and an interrupted step goes on with it."""
+    monkeypatch.chdir(tmp_path)
+    record = tmp_path / "game" / "steps.json"
+
+    def begun(secret):
+        told = {"reward_server": "http://localhost:1/", "reward_server_token": secret}
+        words = ["--score_arguments", json.dumps(told), "--output_dir", "game"]
+        steps = steps_of(SMALL, *words)
+        StepRunner(record, steps.values(), replace=False).close()
+        return steps["start/test_scores"]
+
+    begun("hunter2").begin()
+    file = tmp_path / "game" / "start" / "test_scores_argument.json"
+    assert json.loads(file.read_text())["reward_server_token"] == "hunter2"
+    assert file.stat().st_mode & 0o777 == 0o600
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"begun": "testing_rm"}))
+    begun("hunter3").go_on()
+    assert json.loads(file.read_text())["reward_server_token"] == "hunter3"
+    assert "hunter" not in record.read_text() + capsys.readouterr().out
+
+
+def test_a_record_of_an_older_version_loses_its_secrets(tmp_path):
+    record, step = tmp_path / "steps.json", Step("a", "-c pass")
+    told = {"command": "-c pass", "reward_server_token": "hunter2"}
+    record.write_text(json.dumps({"steps": {"a": told}, "begun": None, "finished": ["a"]}))
+    assert knows(record, [step])
+    StepRunner(record, [step], replace=False).close()
+    assert "hunter2" not in record.read_text()
+
+
+def test_printed_arguments_hide_a_steps_secrets(capsys):
+    with pytest.raises(SystemExit):
+        steps_of(SMALL, "--score_arguments", '{"reward_server_token": "hunter2"}', "--print_config")
+    printed = capsys.readouterr().out
+    assert "hunter2" not in printed and json.loads(printed)["score_arguments"] == {"reward_server_token": "***"}
