@@ -88,7 +88,10 @@ def told_faults(path: Path) -> Iterator[None]:
 
 
 def keep_steps(path: Path, last: int) -> None:
-    """Drops a JSON-lines file's rows after step `last`, and a last row that a killed run left half-written."""
+    """Drops a JSON-lines file's rows after step `last`, and a last row that a killed run left half-written.
+
+    Raises: RunError if it cannot be written.
+    """
     kept = []
     if not path.exists():
         return
@@ -96,7 +99,8 @@ def keep_steps(path: Path, last: int) -> None:
         with suppress(KeyError, TypeError):
             if row["step"] <= last:
                 kept.append(line.removesuffix(b"\n") + b"\n")
-    write_bytes(path, b"".join(kept))
+    with told_faults(path):
+        write_bytes(path, b"".join(kept))
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -24,13 +24,16 @@ from alignment.runtime.argument_fields import (
     hide_secrets,
 )
 from alignment.runtime.files import write_text
-from alignment.runtime.metrics import is_main_process
+from alignment.runtime.metrics import is_main_process, told_faults
 
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy", "datasets", "safetensors", "tokenizers")
 
 
 def write_run_record(output_dir: str | Path, stage: str, arguments: Sequence[Any]) -> None:
-    """Writes output_dir/run.json on rank 0. `arguments`: the instances that alignment.runtime.arguments.parse gave."""
+    """Writes output_dir/run.json on rank 0. `arguments`: the instances that alignment.runtime.arguments.parse gave.
+
+    Raises: RunError if it cannot be written.
+    """
     if not is_main_process():
         return
     record = {
@@ -42,8 +45,9 @@ def write_run_record(output_dir: str | Path, stage: str, arguments: Sequence[Any
         "topology": _topology(),
     }
     path = Path(output_dir) / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
+    with told_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def resolved_arguments(arguments: Sequence[Any]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from alignment.runtime.console import say
-from alignment.runtime.metrics import METRICS_FILE, is_main_process, keep_steps
+from alignment.runtime.metrics import METRICS_FILE, is_main_process, keep_steps, told_faults
 from alignment.training.health_rules import RULES, Row, Rule
 
 ALERTS_FILE = "alerts.jsonl"
@@ -25,20 +26,22 @@ class Health:
     Args:
         args: the stage's arguments, for messages; ``output_dir`` is where the files are.
         start: the step that the run goes on after; rows up to it are in metrics.jsonl already.
+
+    Raises: RunError, here or later, if alerts.jsonl cannot be written.
     """
 
     def __init__(self, args: Any, start: int) -> None:
         self.args, self.rows = args, {rule.name: [] for rule in RULES}
         self.active: set[str] = set()
-        self._file = None
+        self._file, self._path = None, Path(args.output_dir) / ALERTS_FILE
         if not is_main_process():
             return
-        path = Path(args.output_dir) / ALERTS_FILE
-        keep_steps(path, start)
-        if start > 0 and (metrics := path.with_name(METRICS_FILE)).exists():
+        keep_steps(self._path, start)
+        if start > 0 and (metrics := self._path.with_name(METRICS_FILE)).exists():
             for line in metrics.read_text(encoding="utf-8").splitlines():
                 self._judge(json.loads(line))
-        self._file = path.open("a", encoding="utf-8")
+        with told_faults(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in a row, and tell what begins with it."""
@@ -48,8 +51,9 @@ class Health:
             message = rule.tell(values, self.args)
             say(f"alert at step {step}: {rule.name}: {message}")
             row = {"step": int(step), "alert": rule.name, "message": message, "values": values}
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+            with told_faults(self._path):
+                self._file.write(json.dumps(row, allow_nan=False) + "\n")
+                self._file.flush()
 
     def _judge(self, metrics: Mapping[str, float | None]) -> list[tuple[Rule, Row]]:
         """The rules that hold from this row on and did not before, with the values to show."""
@@ -74,4 +78,5 @@ class Health:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take is lost, and has been told
+                self._file.close()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
+
 from alignment.ppo.arguments import GROUPS
 from alignment.runtime.arguments import parse, resolve
+from alignment.runtime.faults import RunError
 from alignment.runtime.run_record import write_run_record
 
 GIVEN = ["--train_datasets=x", "--reward_server=http://localhost:1", "--reward_server_token", "hunter2"]
@@ -43,3 +46,9 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINER_ID", "1")
     write_run_record(tmp_path, "ppo", ())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(RunError, match=r"run\.json: cannot be written: Is a directory"):
+        write_run_record(tmp_path, "ppo", ())

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from alignment.runtime.faults import RunError
 from alignment.runtime.metrics import MetricsWriter
 from alignment.training.health import ALERTS_FILE, Health
 from alignment.training.health_rules import RULES
@@ -121,6 +122,14 @@ def test_an_alert_is_said_once_and_again_after_it_has_gone(tmp_path):
 def test_a_number_that_is_not_finite_counts_for_nothing(tmp_path):
     nothing = {name: float("nan") for name in QUIET}
     assert feed(tmp_path, [QUIET] * 5 + [nothing] * 20 + [QUIET] * 5) == []
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    health = Health(SimpleNamespace(output_dir=tmp_path, **ARGUMENTS), 0)
+    health._file.close()
+    health._file = open("/dev/full", "a")
+    with pytest.raises(RunError, match=r"alerts\.jsonl: cannot be written: No space left on device"), health:
+        health.observe(1, QUIET | {"val/ratio_start_error": 1.0})
 
 
 @pytest.mark.parametrize("stop", range(1, 18))
