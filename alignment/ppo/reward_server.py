@@ -50,14 +50,16 @@ class RewardServer(ThreadingHTTPServer):
             raise UsageError(f"host {host!r}: set {TOKEN_VARIABLE} to serve beyond the loopback interface")
         self.source, self.token, self.lock = source, token, threading.Lock()
         self.places = threading.BoundedSemaphore(CONNECTIONS)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise UsageError(f"cannot serve on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"cannot serve on {_join(host, port)}: {reason}") from error
 
     @property
     def url(self) -> str:
-        return f"http://{self.server_address[0]}:{self.server_address[1]}{PATH}"
+        return f"http://{_join(*self.server_address[:2])}{PATH}"
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """See socketserver: a thread for each connection, as long as there are not too many."""
@@ -141,6 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing for a request served; faults are printed where they happen."""
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_request(body: bytes) -> RewardBatch:

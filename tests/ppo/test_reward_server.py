@@ -302,6 +302,17 @@ def test_reward_server_needs_a_token_beyond_loopback():
         RewardServer(Constant(1.0), host="0.0.0.0")
 
 
+def test_reward_server_serves_on_ipv6_loopback():
+    try:
+        server = RewardServer(Constant(2.0), host="::1")
+    except UsageError as fault:  # a machine without IPv6
+        assert "cannot serve on [::1]:0: " in str(fault)
+        return
+    with serving(server) as http_server:
+        assert http_server.url.startswith("http://[::1]:")
+        assert ServerReward(http_server.url)(make_batch()).tolist() == [2, 2, 2, 2]
+
+
 def test_reward_server_command(functions):
     command = [sys.executable, "-m", "alignment.ppo.reward_server", "--port", "0", "--reward_function"]
     with subprocess.Popen([*command, f"{functions}:words"], stdout=subprocess.PIPE, text=True) as process:
