@@ -184,6 +184,7 @@ def test_weights_that_do_not_fit(tmp_path):
         {"hidden_act": "gelu"},
         {"use_sliding_window": True},
         {"attention_bias": True},
+        {"attention_dropout": 0.1},
         {"hidden_size": None},
     ],
     ids=str,

@@ -108,6 +108,7 @@ def check_supported(fields: dict, path: Path) -> None:
         "rope_scaling": (None, "llama3") if family == "llama" else (None,),
         "head_dim": (None, fields["hidden_size"] // fields["num_attention_heads"]),
         "hidden_act": (None, "silu"),
+        "attention_dropout": (None, 0),  # only kernels on GPUs have it, with a random state of their own
         "use_sliding_window": (None, False),
         "attention_bias": (None, False),
         "mlp_bias": (None, False),
