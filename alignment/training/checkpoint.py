@@ -33,6 +33,7 @@ from alignment.training.engine import TrainingEngine
 from alignment.training.sums import STATE_FILE
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+SKIPPED = "skipped_in_a_row"
 Collect = Callable[[Files], None]
 
 
@@ -53,6 +54,7 @@ def content(collect_weights: Collect, engine: TrainingEngine | None, step: int, 
         values = {"step": step, **state}
         if engine is not None:
             tensors, values["schedule"] = engine.state_dict()
+            values[SKIPPED] = engine.guard.in_a_row
             _add_optimizer(files, tensors)
         if is_main_process():
             files.add_text(STATE_FILE, json.dumps(values, indent=2) + "\n")
@@ -90,7 +92,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def load_training_state(checkpoint: Path, engine: TrainingEngine) -> dict:
-    """Put the optimizer and schedule of ``checkpoint`` into ``engine``; returns the run's state.
+    """Put the optimizer, schedule and skipped steps of ``checkpoint`` into ``engine``; returns the run's state.
 
     Raises: UsageError if a file is missing or damaged, or of a model with other trained parameters.
     """
@@ -99,6 +101,7 @@ def load_training_state(checkpoint: Path, engine: TrainingEngine) -> dict:
         engine.load_state_dict(OptimizerFiles(checkpoint), state.get("schedule"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{checkpoint}: cannot resume from it: {error}") from error
+    engine.guard.in_a_row = state.get(SKIPPED, 0)  # not in checkpoints of older versions
     return state
 
 

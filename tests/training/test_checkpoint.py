@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 from alignment.ppo.models.loading import load_policy
 from alignment.ppo.models.placement import Placement
 from alignment.ppo.models.weights import add_index, part_name
-from alignment.runtime.faults import UsageError
+from alignment.runtime.faults import RunError, UsageError
 from alignment.runtime.files import Files
 from alignment.training.checkpoint import OptimizerFiles, load_training_state
+from alignment.training.nonfinite import Guard
 from alignment.training.resume import choose_start
 from alignment.training.sums import find_damage
 from tests.training.checkpoints import CHANGES, STATE, content_of, flip, make_writer, save
@@ -38,10 +39,28 @@ def test_resumption_from_a_checkpoint_is_bit_for_bit_the_same(tmp_path):
     path = save(first, tmp_path / "out", 2)
 
     resumed = make_engine(load_policy(path), 4, **CHANGES)
-    assert load_training_state(path, resumed) == {"step": 2, "schedule": first.scheduler.state_dict(), **STATE}
+    assert load_training_state(path, resumed) == {
+        "step": 2, "schedule": first.scheduler.state_dict(), "skipped_in_a_row": 0, **STATE,
+    }  # fmt: skip
     assert train(resumed, range(2, 4)) == metrics
     assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
     assert_same_bits(resumed.state_dict()[0], whole.state_dict()[0])
+
+
+def test_a_resumed_run_counts_on_the_steps_left_out_in_a_row(checkpoint, tmp_path):
+    first = make_engine(load_policy(checkpoint), 4, **CHANGES)
+    load_training_state(checkpoint, first)
+    first.guard = Guard("skip", limit=3)
+    for _ in range(2):
+        first.guard.refuse("a bad step")
+    resumed = make_engine(load_policy(checkpoint), 4, **CHANGES)
+    resumed.guard = Guard("skip", limit=3)
+    load_training_state(save(first, tmp_path / "out", 2), resumed)
+    with pytest.raises(RunError, match='"nonfinite_limit": 3 steps in a row'):
+        resumed.guard.refuse("another")
+    edit_state(checkpoint, lambda state: without(state, "skipped"))  # an older version's
+    load_training_state(checkpoint, resumed)
+    assert resumed.guard.in_a_row == 0
 
 
 @pytest.mark.parametrize("stages", [2, 3])
