@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
     input_ids: paddle.Tensor  # int64 [B, L]
     attention_mask: paddle.Tensor  # bool [B, L]
     finish: Callable[[paddle.Tensor], tuple[paddle.Tensor | None, Any]]
-    samples: Sequence[int] = ()  # their indices in the data set, for messages
+    samples: Sequence[int | str] = ()  # their indices in the data set, for messages
 
 
 class Pipeline:

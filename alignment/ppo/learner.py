@@ -165,12 +165,13 @@ class Learner:
 
     def _learn_texts(self, number: int) -> float:
         """Mix the language-model term into the actor's step ``number`` of the run; returns its mean over the batch."""
-        items = [self.ptx_set[int(index)] for index in self.ptx_schedule(number)]
-        denominator, size = count_labels(items), self.args.per_device_train_batch_size
-        micro_batches = [
-            supervised_micro_batch(self.actor.model, self.collate_texts(micro), denominator, self.args.ptx_coeff)
-            for micro in own_micro_batches(items, lambda item: len(item["input_ids"]), size)
-        ]
+        items = {index: self.ptx_set[index] for index in self.ptx_schedule(number).tolist()}
+        denominator, size = count_labels(items.values()), self.args.per_device_train_batch_size
+        micro_batches = []
+        for part in own_micro_batches(list(items), lambda index: len(items[index]["input_ids"]), size):
+            batch = self.collate_texts([items[index] for index in part])
+            micro = supervised_micro_batch(self.actor.model, batch, denominator, self.args.ptx_coeff)
+            micro_batches.append(micro._replace(samples=[f"{index} of ptx_datasets" for index in part]))
         reports = self.actor.accumulate(micro_batches, idle_rounds(len(items), size))
         return sum(loss for loss, _ in chain(*gather_objects(reports)))
 

@@ -31,7 +31,7 @@ class Culprit(NamedTuple):
     """Samples, by their indices in the data set, and the rank that worked on them."""
 
     rank: int
-    samples: tuple[int, ...]
+    samples: tuple[int | str, ...]
 
 
 @dataclass
@@ -151,13 +151,13 @@ def _is_finite(tensor: paddle.Tensor) -> bool:
 
 
 def _name(culprits: Iterable[Culprit]) -> str:
-    by_rank: dict[int, dict[int, None]] = {}
+    by_rank: dict[int, dict[int | str, None]] = {}
     for culprit in culprits:
         by_rank.setdefault(culprit.rank, {}).update(dict.fromkeys(culprit.samples))
     return "; ".join(f"rank {rank}{_list(list(samples))}" for rank, samples in sorted(by_rank.items()))
 
 
-def _list(samples: Sequence[int]) -> str:
+def _list(samples: Sequence[int | str]) -> str:
     shown = ", ".join(map(str, samples[:MOST_NAMED]))
     more = f" and {len(samples) - MOST_NAMED} more" if len(samples) > MOST_NAMED else ""
     return f", sample{'s' * (len(samples) > 1)} {shown}{more}" if samples else ""

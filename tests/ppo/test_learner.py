@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -153,6 +154,13 @@ def test_texts_join_the_same_optimizer_step(setting):
     assert metrics["loss/ptx_avg"] == pytest.approx(expected, rel=1e-5)
     assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics["policy/optimizer_steps"] == 1
+
+
+def test_bad_texts_are_named(setting):
+    build, experience, targets = setting
+    learner = build(Texts(ITEMS), ptx_coeff=math.inf, update_iters=1, per_device_train_batch_size=6)
+    with pytest.raises(RunError, match=r"not finite .*: rank 0, samples? \d of ptx_datasets"):
+        learner.update(experience, targets, 1)
 
 
 def test_the_entropy_bonus_raises_entropy(setting):
