@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge, wait
 from typing import NamedTuple, NoReturn
 
 from alignment.parallel.collectives import gather_objects
@@ -40,6 +40,9 @@ class Beat(NamedTuple):
     lost: bool
 
 
+NOTHING = Beat("", "", [], -1, False, False)  # of a process that was never heard
+
+
 class Seen(NamedTuple):
     """A process as rank 0 knows it: its latest beat, seconds since then, and since it last did something else."""
 
@@ -62,10 +65,10 @@ def start_watchdog(timeout: float) -> None:
         return
     _started, listener, secret = True, None, secrets.token_hex(16)
     if place.rank == 0:
-        listener = Listener((host_address(), 0), backlog=place.layout.processes, authkey=secret.encode())
+        listener = Listener((host_address(), 0), backlog=place.layout.processes)
     address, secret = gather_objects(listener and (listener.address, secret), "world")[0]
     if listener is not None:
-        target = Host(listener, place.layout.processes, timeout).run
+        target = Host(listener, secret, place.layout.processes, timeout).run
     else:
         target = Guest(tuple(address), secret, place.rank, timeout).run
     threading.Thread(target=target, name="watchdog", daemon=True).start()
@@ -88,8 +91,8 @@ class Clock:
 class Host:
     """Rank 0's part: hears all processes, judges, and tells them."""
 
-    def __init__(self, listener: Listener, size: int, timeout: float) -> None:
-        self.listener, self.size, self.timeout = listener, size, timeout
+    def __init__(self, listener: Listener, secret: str, size: int, timeout: float) -> None:
+        self.listener, self.secret, self.size, self.timeout = listener, secret.encode(), size, timeout
         self.clock = Clock(_interval(timeout))
         self.ranks: dict[Connection, int] = {}
         self.beats: dict[int, Beat] = {}
@@ -98,26 +101,33 @@ class Host:
 
     def run(self) -> None:
         """Until the process ends, or the job hangs."""
-        for _ in range(self.size - 1):
-            self._admit()
+        for rank in range(1, self.size):
+            self._hear(rank, NOTHING)  # who has not joined in time is silent too
+        threading.Thread(target=self._accept, name="watchdog-door", daemon=True).start()
         while True:
             self._hear(0, own_beat())
             self._listen()
             line = judge(self._table(), self.timeout, complete=len(self.beats) == self.size)
             if line is not None:
-                for connection in self.ranks:
+                for connection in list(self.ranks):
                     with contextlib.suppress(OSError):  # it has ended
                         _send(connection, line)
                 end(line, self.clock.interval)
 
-    def _admit(self) -> None:
-        while True:
-            try:
+    def _accept(self) -> None:
+        """A thread of its own for every caller: one that was stopped as it called keeps nobody else out."""
+        while len(self.ranks) < self.size - 1:
+            with contextlib.suppress(OSError):  # it has hung up already
                 connection = self.listener.accept()
-                self.ranks[connection] = int(connection.recv_bytes())
-                return
-            except (AuthenticationError, EOFError, OSError, ValueError):
-                continue  # no process of this job
+                threading.Thread(target=self._admit, args=[connection], daemon=True).start()
+
+    def _admit(self, connection: Connection) -> None:
+        try:
+            deliver_challenge(connection, self.secret)
+            answer_challenge(connection, self.secret)
+            self.ranks[connection] = int(connection.recv_bytes())
+        except (AuthenticationError, EOFError, OSError, ValueError):
+            connection.close()  # no process of this job
 
     def _listen(self) -> None:
         """For one interval; every beat is answered, so that a guest knows that rank 0 is there."""
@@ -150,17 +160,25 @@ class Guest:
     """The part of every other rank: tells where it is, and does what rank 0 says, or notices that it says nothing."""
 
     def __init__(self, address: tuple[str, int], secret: str, rank: int, timeout: float) -> None:
-        self.address, self.secret, self.rank, self.timeout = address, secret, rank, timeout
+        self.address, self.secret, self.rank, self.timeout = address, secret.encode(), rank, timeout
         self.clock = Clock(_interval(timeout))
 
     def run(self) -> None:
         """Until the process or rank 0 ends, or the job hangs."""
         try:
-            connection = Client(self.address, authkey=self.secret.encode())
-            connection.send_bytes(str(self.rank).encode())
+            connection = Client(self.address)
+            self._join(connection)
             self._talk(connection)
         except (AuthenticationError, EOFError, OSError):
             return  # rank 0 has ended, which the launcher sees
+
+    def _join(self, connection: Connection) -> None:
+        called = self.clock.tick()
+        while not connection.poll(self.clock.interval):
+            self._check(self.clock.tick() - called, own_beat())
+        answer_challenge(connection, self.secret)
+        deliver_challenge(connection, self.secret)
+        connection.send_bytes(str(self.rank).encode())
 
     def _talk(self, connection: Connection) -> None:
         heard, asked = self.clock.tick(), False
@@ -175,10 +193,14 @@ class Guest:
                 if line is not None:
                     end(line, self.clock.interval)
                 time.sleep(self.clock.interval)
-            elif now - heard > limit(self.timeout, beat.lost):
-                absent = Seen(Beat("", "", [], -1, False, False), now - heard, 0.0)
-                line = judge({0: absent, self.rank: Seen(beat, 0.0, 0.0)}, now - heard - self.clock.interval)
-                end(line, self.clock.interval)
+            else:
+                self._check(now - heard, beat)
+
+    def _check(self, silent: float, beat: Beat) -> None:
+        """End the process if rank 0 has been silent for too many seconds."""
+        if silent > limit(self.timeout, beat.lost):
+            table = {0: Seen(NOTHING, silent, 0.0), self.rank: Seen(beat, 0.0, 0.0)}
+            end(judge(table, silent - self.clock.interval), self.clock.interval)
 
 
 def own_beat() -> Beat:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+
+import pytest
 
 from alignment.parallel.watchdog import Beat, Clock, Seen, judge
 
@@ -69,3 +73,32 @@ def test_time_asleep_does_not_count():
     before = clock.tick()
     time.sleep(0.2)  # as if this process had been stopped
     assert clock.tick() - before <= 0.02
+
+
+# One process of three falls silent before it has joined; the other two run as threads of a job's ranks would.
+JOINING = """
+import os, time
+from multiprocessing.connection import Client, Listener
+from alignment.parallel.watchdog import Guest, Host
+
+listener = Listener(("127.0.0.1", 0), backlog=3)
+"""
+RANK_2_IS_STOPPED = """
+caller = Client(listener.address)
+if os.fork() == 0:
+    Guest(listener.address, "secret", 1, 1.0).run()
+    os._exit(3)  # nobody told it anything
+Host(listener, "secret", 3, 1.0).run()
+"""
+RANK_0_IS_STOPPED = """
+Guest(listener.address, "secret", 1, 1.0).run()
+"""
+
+
+@pytest.mark.parametrize(("job", "stopped", "lines"), [(RANK_2_IS_STOPPED, 2, 2), (RANK_0_IS_STOPPED, 0, 1)])
+def test_a_process_that_is_stopped_before_it_has_joined_is_named(job, stopped, lines):
+    result = subprocess.run([sys.executable, "-c", JOINING + job], stderr=subprocess.PIPE, text=True)
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(said) == lines, result.stderr
+    for line in said:
+        assert line.startswith(f"error: watch-dog: rank {stopped} has not answered for ")
