@@ -22,7 +22,7 @@ from alignment.ppo.models.tokenizer import Tokenizer, load_tokenizer
 from alignment.ppo.models.value import load_value
 from alignment.ppo.models.weights import weights_sha256
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
-from alignment.ppo.rewards.divided import score_divided
+from alignment.ppo.rewards.divided import score_finite
 from alignment.runtime.console import progress, say
 from alignment.training.setup import load_named, weight_dtype
 from data import load_dataset_modules
@@ -137,7 +137,7 @@ def _score(
                 prompt_ids=[item["input_ids"] for item in items],
                 response_ids=[ids[one.name] for one in part],
             )
-            scores, _ = score_divided(rewards, batch)
+            scores, _ = score_finite(rewards, batch, [one.name for one in part])
             # The shortest decimal number of a float32 is read back as the same float32.
             output.add({one.name: float(str(value)) for one, value in zip(part, scores, strict=True)})
             bar.advance({"perf/answers_per_s": len(part) / (time.perf_counter() - began)})

@@ -18,7 +18,7 @@ from alignment.ppo.models.policy import Packed, before_targets, pack_responses, 
 from alignment.ppo.reference_answers import ReferenceScores
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
-from alignment.ppo.rewards.divided import score_divided
+from alignment.ppo.rewards.divided import score_divided, score_finite
 from alignment.ppo.rollout.balance import ExpectedLengths, share_out
 from alignment.ppo.rollout.protocol import Draw, Rollout, SamplingParameters
 from alignment.runtime.timing import PhaseTimer
@@ -178,7 +178,7 @@ class Collector:
         experience: Experience,
         keep_nonfinite: bool = False,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As ``WeightedRewards.score`` of all answers, every process judging its share."""
+        """As ``score_divided`` or, but for ``keep_nonfinite``, ``score_finite`` of all answers."""
         batch = RewardBatch(
             prompts=[item["prompt"] for item in items],
             responses=answers,
@@ -189,7 +189,9 @@ class Collector:
                 ids[mask] for ids, mask in zip(experience.response_ids, experience.response_mask, strict=True)
             ],
         )
-        return score_divided(rewards, batch, keep_nonfinite)
+        if keep_nonfinite:
+            return score_divided(rewards, batch)
+        return score_finite(rewards, batch, [f"{number} (held out)" for number in experience.prompt_id])
 
     def _fill_log_probs(
         self, target: np.ndarray, model: Pipeline, experience: Experience, temperature: float

@@ -35,14 +35,23 @@ def describe_bad_answers(
             ranks = drawn_by if name == "log_probs" else _ranks(experience.attention_mask.sum(-1))
             values = getattr(experience, name)[bad][experience.response_mask[bad]]
             value = values[~np.isfinite(values)][0]
-            return tell_fault(quantity, value, _culprits(bad, ranks, experience.prompt_id), MODEL_ADVICE)
-    bad = ~np.isfinite(experience.scores)
+            return tell_fault(quantity, value, _culprits(bad, ranks, experience.prompt_id.tolist()), MODEL_ADVICE)
+    return describe_bad_rewards(experience.scores, components, experience.lengths, experience.prompt_id.tolist())
+
+
+def describe_bad_rewards(
+    scores: np.ndarray, components: dict[str, np.ndarray], lengths: np.ndarray, samples: Sequence[int | str]
+) -> str | None:
+    """The same about N answers whose scores, float32 [N], are not all finite, whatever was measured of them.
+
+    Args: components: as above; lengths: int [N], tokens; samples: N, what to call the answers.
+    """
+    bad = ~np.isfinite(scores)
     if not bad.any():
         return None
     sources = [name for name, values in components.items() if not np.isfinite(values).all()] or ["weighted sum"]
-    quantity, value = f"reward ({', '.join(sources)})", experience.scores[bad][0]
-    culprits = _culprits(bad, _ranks(experience.lengths), experience.prompt_id)
-    return tell_fault(quantity, value, culprits, REWARD_ADVICE)
+    quantity, value = f"reward ({', '.join(sources)})", scores[bad][0]
+    return tell_fault(quantity, value, _culprits(bad, _ranks(lengths), samples), REWARD_ADVICE)
 
 
 def _ranks(lengths: np.ndarray) -> np.ndarray:
@@ -55,5 +64,5 @@ def _ranks(lengths: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _culprits(bad: np.ndarray, ranks: np.ndarray, prompt_ids: np.ndarray) -> list[Culprit]:
-    return [Culprit(int(ranks[row]), (int(prompt_ids[row]),)) for row in np.flatnonzero(bad)]
+def _culprits(bad: np.ndarray, ranks: np.ndarray, samples: Sequence[int | str]) -> list[Culprit]:
+    return [Culprit(int(ranks[row]), (samples[row],)) for row in np.flatnonzero(bad)]

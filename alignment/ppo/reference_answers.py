@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from alignment.ppo.rewards import RewardBatch, WeightedRewards
-from alignment.ppo.rewards.divided import score_divided
+from alignment.ppo.rewards.divided import score_finite
 from alignment.runtime.faults import UsageError
 
 
@@ -37,12 +37,16 @@ class ReferenceScores:
                 )
 
     def __call__(self, items: Sequence[dict]) -> np.ndarray:
-        """float32 [N]: scores of the answers to N items of a PromptOnlyDataset, as finished answers."""
+        """float32 [N]: scores of the answers to N items of a PromptOnlyDataset, as finished answers.
+
+        Raises: RunError for one that is not finite.
+        """
         by_id = {int(item["prompt_id"]): item for item in items}
         new = [item for prompt_id, item in by_id.items() if prompt_id not in self.known]
         if new:
             answers = [better_answer(item["sample"]) for item in new]
-            scores, _ = score_divided(self.rewards, self._batch(new, answers))
+            names = [f"{item['prompt_id']} (the data's answer)" for item in new]
+            scores, _ = score_finite(self.rewards, self._batch(new, answers), names)
             self.known.update(zip((int(item["prompt_id"]) for item in new), scores.tolist(), strict=True))
         return np.asarray([self.known[int(item["prompt_id"])] for item in items], dtype=np.float32)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from alignment.ppo.reference_answers import ReferenceScores, better_answer
 from alignment.ppo.rewards import WeightedRewards
-from alignment.ppo.rewards.base import RewardSource
-from alignment.runtime.faults import UsageError
+from alignment.ppo.rewards.base import RewardSource, check_rewards
+from alignment.runtime.faults import RunError, UsageError
 
 BOTH = {"answer": "first one", "other_answer": "second"}
 
@@ -57,6 +59,17 @@ def test_each_answer_is_asked_for_once_and_ends():
     np.testing.assert_allclose(scores(items), [2 * 4.05, 2 * 6.07, 2 * 4.05], rtol=1e-6)
     np.testing.assert_allclose(scores(items[1:]), [2 * 6.07, 2 * 4.05], rtol=1e-6)
     assert sorted(judge.asked) == ["four", "second"]
+
+
+def test_an_answer_without_a_finite_score_is_named():
+    class Broken(Judge):
+        def __call__(self, batch):
+            return check_rewards([math.nan if text == "bad" else 1.0 for text in batch.responses], len(batch), "f")
+
+    scores = ReferenceScores(WeightedRewards([Broken()]), Letters())
+    message = r"the reward \(rewards/judge\) is not finite \(nan\): rank 0, sample 7 \(the data's answer\); look at"
+    with pytest.raises(RunError, match=message):
+        scores([make_item(5, answer="good"), make_item(7, answer="bad")])
 
 
 def test_a_prompt_without_answer_is_refused():

@@ -10,7 +10,7 @@ import numpy as np
 from alignment.ppo.collect import Collector, response_values
 from alignment.ppo.experience import Experience
 from alignment.ppo.offline.logged import LoggedAnswers
-from alignment.ppo.rewards.divided import score_divided
+from alignment.ppo.rewards.divided import score_finite
 
 ROWS_AT_ONCE = 4096  # on the device; all processes exchange their results after so many
 
@@ -24,12 +24,16 @@ class LoggedCollector(Collector):
     """
 
     def score(self, logged: LoggedAnswers) -> None:
-        """Write the scores: the data's own, and those of the reward sources where the data have none."""
+        """Write the scores: the data's own, and those of the reward sources where the data have none.
+
+        Raises: RunError for a reward that is not finite.
+        """
         logged.experience.scores[:] = np.nan_to_num(logged.given)
         missing = np.flatnonzero(np.isnan(logged.given))
         for start in range(0, len(missing), ROWS_AT_ONCE):
             rows = missing[start : start + ROWS_AT_ONCE]
-            logged.experience.scores[rows], _ = score_divided(self.rewards, logged.reward_batch(rows))
+            prompts = logged.experience.prompt_id[rows].tolist()
+            logged.experience.scores[rows], _ = score_finite(self.rewards, logged.reward_batch(rows), prompts)
 
     def measure_reference(self, experience: Experience, temperature: float) -> None:
         """Write the initial policy's log-probabilities, ref_log_probs."""
