@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import paddle
 
 from alignment.parallel.pipeline import Pipeline
 from alignment.ppo.bases import Bases
+from alignment.ppo.frozen import Prints, check_unchanged, fingerprints
 from alignment.ppo.judge import KEY as JUDGE
 from alignment.ppo.models.adapters import resume_adapters
 from alignment.ppo.models.freezing import freeze, set_trainable_layers
@@ -43,8 +44,8 @@ SCORERS = {REWARD: "model", JUDGE: "judge"}  # their names in metrics and messag
 class Models:
     """What PPO works with: this process's parts of the models, rewards, tokenizer. The reference is frozen.
 
-    judge: scores evaluations, or None; judge_name: as the user calls it. Logged data may do without a critic, and
-    without rewards.
+    judge: scores evaluations, or None; judge_name: as the user calls it. frozen: what tells reference, reward model
+    and judge from others. Logged data may do without a critic, and without rewards.
     """
 
     actor: paddle.nn.Layer
@@ -54,6 +55,7 @@ class Models:
     tokenizer: Tokenizer
     judge: WeightedRewards | None = None
     judge_name: str | None = None
+    frozen: Prints = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,18 @@ class ModelLoader:
     shares_trunk: bool = False
 
     def load(self) -> Models:
-        """Raises: UsageError, naming the argument, for a model that cannot be read or does not fit the others."""
+        """Raises: UsageError, naming the argument, for a model that cannot be read or does not fit the others, or
+        that is not the one that the run to resume had."""
         load = self._sharing if self.args.lora else self._separate
         reward, judge, reference, actor, critic = load()
+        frozen = fingerprints({key: getattr(self.model_args, key) for key in (ACTOR, REWARD, JUDGE)})
+        if self.policy is not None:
+            check_unchanged(frozen, self.policy)
         sources = [*([reward] if reward else []), *self.text_rewards]
         rewards = WeightedRewards(sources, self.args.reward_weights) if sources else None
         judge = judge and WeightedRewards([judge])
-        return Models(actor, reference, critic, rewards, self.tokenizer, judge, getattr(self.model_args, JUDGE))
+        name = getattr(self.model_args, JUDGE)
+        return Models(actor, reference, critic, rewards, self.tokenizer, judge, name, frozen)
 
     def _separate(self) -> Loaded:
         args, dtype, here = self.args, weight_dtype(self.args), Placement.here()

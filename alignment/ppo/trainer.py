@@ -18,6 +18,7 @@ from alignment.ppo.controllers import AdaptiveKLController, FixedKLController, S
 from alignment.ppo.estimate import describe_rollout, estimate
 from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
 from alignment.ppo.experience import Experience
+from alignment.ppo.frozen import FROZEN
 from alignment.ppo.judge import WinRate
 from alignment.ppo.learner import Learner, steps_per_iteration
 from alignment.ppo.load import Models
@@ -217,6 +218,7 @@ class PPOTrainer:
             "score_scaler": self.score_scaler.state_dict(),
             "expected_lengths": self.collector.expected.state_dict(),
             "win_rate": self.win_rate and self.win_rate.state_dict(),
+            FROZEN: self.models.frozen,
             **self.best.state_dict(),
         }
         contents, actor, critic = {}, self.learner.actor, self.learner.critic

@@ -138,6 +138,6 @@ def test_a_run_is_judged_and_a_stranger_cannot_go_on(tmp_path):
         assert row["eval/win_rate"] == wins.mean()
     again = (*run_once, "--max_steps", 3, "--resume_from_checkpoint", "true", "--judge_model_name_or_path")
     status, shown = run(project, "ppo", *again[2:], "stranger")
-    assert status == 2 and "was judged by judge" in shown
+    assert status == 2 and '"judge_model_name_or_path": the weights in stranger are not those that ' in shown
     status, shown = run(project, "ppo", "--judge_model_name_or_path", "model", "--overwrite_output_dir", "true")
     assert status == 2 and '"judge_model_name_or_path": model: not a reward model' in shown

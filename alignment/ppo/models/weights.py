@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,17 @@ class AdapterFiles(WeightFiles):
 
 def weights_sha256(directory: Path) -> str:
     """SHA-256 of a model directory's weight files, in hexadecimal. Every process calls it, the main one reads them."""
-    own = sha256_of(*_weight_files(directory, SINGLE_FILE, INDEX_FILE)) if is_main_process() else None
+    own = None
+    if is_main_process():
+        paths = _weight_files(directory.resolve(), SINGLE_FILE, INDEX_FILE)
+        own = _sha256_once(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
     return gather_objects(own, "world")[0]
+
+
+@cache
+def _sha256_once(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Several models may start from one directory. files: each with its size and the time of its last change."""
+    return sha256_of(*(path for path, _, _ in files))
 
 
 def _weight_files(directory: Path, single: str, index: str) -> list[Path]:

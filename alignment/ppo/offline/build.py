@@ -71,7 +71,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> OfflineTrainer:
     learner = build_learner(args, models, offload, train, held_out, answers=prompts is not None)
     win_rate = WinRate(models.judge_name) if models.judge and prompts else None
     sampling = sampling_of(args, models.actor, tokenizer)
-    return OfflineTrainer(args, tokenizer, learner, prompts, sampling, win_rate, policy)
+    return OfflineTrainer(args, tokenizer, learner, prompts, sampling, win_rate, policy, models.frozen)
 
 
 def build_learner(

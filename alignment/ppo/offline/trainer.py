@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from alignment.ppo.collect import Collector
 from alignment.ppo.evaluation import EVALUATION, describe_answers, record_samples
+from alignment.ppo.frozen import FROZEN, Prints
 from alignment.ppo.judge import WinRate
 from alignment.ppo.models.saving import collect_model
 from alignment.ppo.rollout.protocol import AdjustLogits, SamplingParameters
@@ -73,6 +74,7 @@ class OfflineTrainer:
         sampling: how it answers them.
         win_rate: measures what a judge says of them, or None.
         checkpoint: ``policy/checkpoint-N`` to resume from, or None.
+        frozen: what tells the frozen models from others, for a resumed run.
     """
 
     def __init__(
@@ -84,9 +86,11 @@ class OfflineTrainer:
         sampling: SamplingParameters,
         win_rate: WinRate | None = None,
         checkpoint: Path | None = None,
+        frozen: Prints | None = None,
     ) -> None:
         self.args, self.tokenizer, self.learner, self.checkpoint = args, tokenizer, learner, checkpoint
         self.eval_prompts, self.sampling, self.win_rate = eval_prompts, sampling, win_rate
+        self.frozen = frozen or {}
         self.output_dir, self.timer = Path(args.output_dir), learner.collector.timer
         self.steps_per_epoch = learner.schedule.steps_per_epoch
         self.total_steps = learner.critic_steps + total_steps(args, self.steps_per_epoch)
@@ -154,7 +158,7 @@ class OfflineTrainer:
         for engine in self.learner.engines.values():
             check_state(engine)
         state = self.learner.state_dict() | {"win_rate": self.win_rate and self.win_rate.state_dict()}
-        state, contents = state | self.best.state_dict(), {}
+        state, contents = state | {FROZEN: self.frozen} | self.best.state_dict(), {}
         for part, engine in self.learner.engines.items():
 
             def collect(files: Files, part: str = part, engine: TrainingEngine = engine) -> None:
