@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -119,6 +121,26 @@ def test_killed_games_end_with_the_same_files(project, whole):
         assert rows_of(game / path.relative_to(whole)) == rows_of(path)
     check_changes_are_refused(project)
     check_comparison(project)
+
+
+@pytest.mark.trust_full
+def test_a_game_killed_at_random_moments_ends_with_the_same_files(project, whole):
+    """The command as a user starts it; SIGKILL takes it and the running step together, whatever that does then."""
+    shutil.rmtree(project / "game", ignore_errors=True)
+    command, moments = [sys.executable, "-u", str(CHECKOUT / "alignment/apo/run_apo.py"), "apo.json"], random.Random(7)
+    for _ in range(3):
+        game = subprocess.Popen(
+            command, cwd=project, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+        )
+        for _ in range(moments.randint(2, 8)):
+            assert any(line.startswith("$ python") for line in game.stdout)  # reads on to the begin of a step
+        time.sleep(moments.uniform(0, 8))
+        os.killpg(game.pid, signal.SIGKILL)
+        assert game.wait() == -signal.SIGKILL
+        game.stdout.close()
+    status, shown = play(project, script="alignment/apo/run_apo.py")
+    assert status == 0 and shown.count("already done") > 3, shown
+    assert files_of(project / "game") == files_of(whole)
 
 
 @pytest.mark.layouts_full
