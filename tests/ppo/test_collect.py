@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -14,7 +15,9 @@ from alignment.ppo.models.policy import passes_of, trunk
 from alignment.ppo.models.value import load_value
 from alignment.ppo.reshard import Sampler
 from alignment.ppo.rewards import FunctionReward, RewardSource, WeightedRewards
+from alignment.ppo.rewards.base import check_rewards
 from alignment.ppo.rollout.protocol import SamplingParameters
+from alignment.runtime.faults import RunError
 from alignment.runtime.timing import PhaseTimer
 from tests.models.heads import with_random_head
 from tests.models.reference import hidden_states
@@ -248,6 +251,20 @@ class Recorder(RewardSource):
     def __call__(self, batch):
         self.batch = batch
         return np.zeros(len(batch), np.float32)
+
+
+class Broken(RewardSource):
+    name = "broken"
+
+    def __call__(self, batch):
+        return check_rewards([math.nan if sample["number"] == 2 else 1.0 for sample in batch.samples], len(batch), "b")
+
+
+def test_a_bad_reward_or_judgement_of_an_evaluation_is_named(collector):
+    broken, where = WeightedRewards([Broken()]), r"is not finite \(nan\): rank 0, sample 18 \(held out\); look at"
+    for change in ({"rewards": broken}, {"judge": broken}):
+        with pytest.raises(RunError, match=rf"the reward \(rewards/broken\) {where}"):
+            replace(collector, **change).evaluate(make_prompts(), 1, 0, SAMPLING)
 
 
 def test_reward_sources_see_unpadded_tokens(collector):

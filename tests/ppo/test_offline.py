@@ -17,6 +17,7 @@ from alignment.ppo.offline.estimate import Estimator
 from alignment.ppo.offline.logged import LoggedDataset, read_answers
 from alignment.ppo.offload import Offload
 from alignment.ppo.rewards import FunctionReward, WeightedRewards
+from alignment.runtime.faults import RunError
 from alignment.runtime.timing import PhaseTimer
 from data import RawSample
 from tests.models.heads import with_random_head
@@ -67,7 +68,7 @@ SAMPLES = [
 ]
 REWARD = """
 def judge(responses):
-    return [10.0 + len(text.split()) for text in responses]
+    return [float("nan") if "w40" in text else 10.0 + len(text.split()) for text in responses]
 """
 
 
@@ -162,6 +163,12 @@ def test_the_data_s_scores_count_and_the_reward_sources_give_the_rest(build):
     learner = build(samples)
     learner.prepare()
     assert learner.train.experience.scores.tolist() == [2.0, -1.0, 13.0, 11.0]
+
+
+def test_an_answer_without_a_finite_reward_is_named(build):
+    learner = build([SAMPLES[1], RawSample(input="w7", answer="w12 w9 w9", other_answer="w40")])
+    with pytest.raises(RunError, match=r"reward \(rewards/judge\) is not finite \(nan\): rank 0, sample 1; look at"):
+        learner.prepare()
 
 
 @pytest.mark.parametrize("count", [2, 7])
