@@ -115,7 +115,7 @@ def _draw_memory(stage: Stage) -> Picture:
         steps, values = stage.series(f"memory_gb/{phase}")
         marker = "o" if len(steps) < SMOOTHED_FROM else None
         axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=phase)
-    axes.set_ylim(bottom=0)
+    highest = {phase: max(points.values()) for phase, points in phases.items()}
+    axes.set_ylim(0, 1.1 * max(highest.values()) or 1)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    highest = (f"{phase} up to {number(max(points.values()))} GB" for phase, points in phases.items())
-    return finish(axes, "memory", ", ".join(highest))
+    return finish(axes, "memory", ", ".join(f"{phase} up to {number(peak)} GB" for phase, peak in highest.items()))
