@@ -135,7 +135,7 @@ class OfflineTrainer:
         metrics = self.learner.evaluate(number)
         if self.eval_prompts is not None and (number == 0 or number > self.learner.critic_steps):
             plain = {} if number else {"": None}  # the initial policy as it is: what the judge compares with
-            for name, adjust in (plain | self.learner.decodings).items():
+            for name, adjust in (self.learner.decodings | plain).items():
                 metrics |= self._answer_prompts(number, name, adjust)
         self.timer.pop()
         self.best.observe(number, metrics)
