@@ -193,7 +193,7 @@ def test_apo_mixture(setting, kind):
     apo = np.mean([-m if kind == "diff" else softplus(-m) for m in margins[True]])
     assert metrics["human/loss"] == pytest.approx(human, rel=1e-4)
     assert metrics["apo/loss"] == pytest.approx(apo, rel=1e-4)
-    assert metrics["loss"] == pytest.approx(0.8 * human + 0.6 / 3 * apo, rel=1e-4)
+    assert metrics["loss"] == pytest.approx((7 * 0.8 * human + 3 * 0.6 / 3 * apo) / 10, rel=1e-4)
     assert metrics["game/accuracy"] == metrics["apo/accuracy"] == np.mean(np.array(margins[True]) > 0)
     goldens = [score(MIXED[n]["input_ids"][0])[-1] for n in (3, 4)]
     assert metrics["golden/mean_reward"] == pytest.approx(np.mean(goldens), rel=1e-4)
