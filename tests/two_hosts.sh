@@ -41,10 +41,11 @@ run() { # NODE COMMAND...
     "${enter[@]}" "${command[@]//\{master\}/$MASTER}" 2>&1 | sed -u "s/^/host $node: /"
 }
 
-unshare --net sleep infinity & # the second host; this shell is in the first
-second=(nsenter "--net=/proc/$!/ns/net")
-until [[ $(readlink "/proc/$!/ns/net") != $(readlink /proc/self/ns/net) ]]; do sleep 0.01; done
-ip link add eth0 type veth peer name eth0 netns "$!" && plug 0 && plug 1 "${second[@]}" || exit 1
+# The second host; this shell is in the first. It speaks once its namespace is there: before that eth0 would collide.
+coproc second_host { exec unshare --net sh -c 'echo ready && exec sleep infinity'; }
+read -r -u "${second_host[0]}" || exit 1
+second=(nsenter "--net=/proc/$second_host_PID/ns/net")
+ip link add eth0 type veth peer name eth0 netns "$second_host_PID" && plug 0 && plug 1 "${second[@]}" || exit 1
 
 run 0 "$@" &
 first_run=$!

@@ -97,7 +97,7 @@ def test_game_leaves_its_report(project, whole):
         assert set(row["reward_model"]["scores"]) == {"golden", "sample", "chosen", "rejected"}
         wins = row["win_rate"]
         assert row["prompts"] == 6 and 0 <= wins["low"] <= wins["mean"] <= wins["high"] <= 1
-    assert (whole / "rounds.md").read_text().count("\n| ") == 4
+    assert (whole / "rounds.md").read_text().count("\n| ") == 5  # heads, their line, three rounds
     pictures = {path.name for path in whole.glob("*.png")}
     assert pictures == {"rounds.png", "score_distributions.png", "reliability.png"}
     answers = {(whole / place / "answers.jsonl").read_bytes() for place in ("start", "round-1", "round-2")}
