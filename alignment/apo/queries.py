@@ -46,7 +46,7 @@ def load_queries(datasets: Any, seed: int) -> list[Query]:
     specs = parse_specs(datasets)
     for spec in specs:
         raw = spec.load()
-        label = raw.NAME or spec.name if spec.label(specs) == spec.name else spec.label(specs)
+        label = spec.label(specs).replace(spec.name, raw.NAME or spec.name, 1)  # no alias
         candidates = spec.select(_first_of_equals(raw))
         for place in dict.fromkeys(spec.choose(candidates, seed, raw.NAME).tolist() if len(candidates) else ()):
             where, sample = raw.describe(place), raw[place]

@@ -129,6 +129,8 @@ class RoundArguments:
         _require(values, "preference_datasets", "policy_datasets", "eval_datasets", "output_dir")
         if values["adversarial"]:
             _require(values, "golden_datasets")
+        if values["golden_query_file"] and not (values["golden_datasets"] and is_file(values["golden_datasets"])):
+            raise UsageError(f'"golden_query_file": {values["golden_query_file"]} needs a file as "golden_datasets"')
         if bool(values["testing_reward_datasets"]) == bool(values["testing_reward_model_name_or_path"]):
             raise UsageError(
                 'give either "testing_reward_datasets", to train the testing reward model on, or '

@@ -135,6 +135,8 @@ class SampleArguments(ToolArguments):
         ToolArguments.validate(values)
         if bool(values["input_file"]) == bool(values["datasets"]):
             raise UsageError('give either "input_file" or "datasets", where the queries come from')
+        if values["query_file"] and not values["input_file"]:
+            raise UsageError(f'"query_file": {values["query_file"]} needs golden answers in "input_file"')
         if "" in (values["stop_strings"] or ()):
             raise UsageError('"stop_strings": "" would end every answer at once')
         if values["temperature"] == 0 and values["num_return_sequences"] > 1:

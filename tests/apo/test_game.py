@@ -162,6 +162,7 @@ def test_the_authors_files_are_read_before_the_first_step(tmp_path):
         (["--golden_datasets", "nowhere.json"], '"golden_datasets": nowhere.json: no such file'),
         (["--policy_arguments", "nowhere.json"], "nowhere.json: No such file"),
         (["--policy_update", "ppo"], "must be one of rjs, rrhf, dpo"),
+        (["--golden_query_file", "q.json"], '"golden_query_file": q.json needs a file as "golden_datasets"'),
         (["--eval_datasets", "hh-excerp/test"], "hh-excerp/test"),
     ],
 )

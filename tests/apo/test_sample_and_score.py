@@ -211,6 +211,7 @@ def test_every_kind_of_file_and_source_is_scored(do, project):
     ("tool", "words", "message"),
     [
         (sample, ["--input_file", "known.jsonl"], 'give either "input_file" or "datasets"'),
+        (sample, ["--query_file", "known.jsonl"], '"query_file": known.jsonl needs golden answers in "input_file"'),
         (sample, ["--temperature", 0], '"temperature": 0 gives "num_return_sequences": 3 equal answers'),
         (sample, ["--stop_strings", '[""]'], '"stop_strings": "" would end every answer'),
         (sample, ["--max_new_tokens", 60], '"max_new_tokens": sequences of .* than the model\'s 64 positions'),
