@@ -50,6 +50,7 @@ def content(collect_weights: Collect, engine: TrainingEngine | None, step: int, 
     """
 
     def collect(files: Files) -> None:
+        """Of this process."""
         collect_weights(files)
         values = {"step": step, **state}
         if engine is not None:

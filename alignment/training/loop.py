@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import paddle
 
@@ -48,21 +48,8 @@ def run_loop(
     """
     here.step, timer = start, PhaseTimer()
     with MetricsWriter(args, args.output_dir, resume_from=start) as writer, Health(args, start) as health, postponed():
-
-        def record(number: int, metrics: Metrics) -> None:
-            writer.write(number, metrics | timer.pop())
-            health.observe(number, metrics)
-
-        def record_evaluation(number: int) -> Metrics:
-            with timer("evaluation"):
-                metrics = evaluate(number)
-            if metrics:
-                record(number, metrics)
-            else:
-                timer.pop()  # there was nothing to evaluate on
-            return metrics
-
-        result = record_evaluation(0) if start == 0 else {}
+        record = _Recorder(writer, health, timer, evaluate)
+        result = record.evaluation(0) if start == 0 else {}
         with progress(total_steps, start, args) as bar:
             for number in range(start + 1, total_steps + 1):
                 here.step, last = number, number == total_steps
@@ -70,10 +57,10 @@ def run_loop(
                     metrics = step(number)
                 checkpoints.check()
                 if last or number % args.logging_steps == 0:
-                    record(number, metrics)
+                    record.row(number, metrics)
                 bar.advance(metrics)
                 if last or is_due(args.evaluation_strategy, args.eval_steps, number, steps_per_epoch):
-                    result = record_evaluation(number)
+                    result = record.evaluation(number)
                 last = last or best.is_exhausted
                 stops = not last and _any_is_stopping()
                 due = is_due(args.save_strategy, args.save_steps, number, steps_per_epoch)
@@ -87,6 +74,30 @@ def run_loop(
                 if last:
                     break
     return result
+
+
+class _Recorder(NamedTuple):
+    """Where rows go, with what ``timer`` has measured since the row before."""
+
+    writer: MetricsWriter
+    health: Health
+    timer: PhaseTimer
+    evaluate: Callable[[int], Metrics]
+
+    def row(self, number: int, metrics: Metrics) -> None:
+        """The row of step ``number``."""
+        self.writer.write(number, metrics | self.timer.pop())
+        self.health.observe(number, metrics)
+
+    def evaluation(self, number: int) -> Metrics:
+        """Evaluate after step ``number``; no row where there is nothing to evaluate on."""
+        with self.timer("evaluation"):
+            metrics = self.evaluate(number)
+        if metrics:
+            self.row(number, metrics)
+        else:
+            self.timer.pop()
+        return metrics
 
 
 def _stopped(number: int, total_steps: int) -> Stopped:
