@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data.errors import DataError
+from data.fingerprint import fingerprint_of
 from data.raw import RawDataset, RawSample, split_indices
 from data.spec import DatasetSpec, parse_specs
 from data.templates import Template, get_template
@@ -71,6 +72,11 @@ class TokenizedDataset:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, hexadecimal, of all items in their order: tells these data from others."""
+        return fingerprint_of(self._items)
 
     def split_train_test(self, split_ratio: float = 0.2, shuffle: bool = True, seed: int = 42) -> tuple[Any, Any]:
         """Two data sets of the same kind over disjoint items (train, test), as :meth:`RawDataset.split_train_test`."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from tests.stages import read_rows, run, weights_of, write_project, write_reward_model
 
 UNLIKE = ("timing_s/", "memory_gb/", "perf/")
+PTX = ("--ptx_datasets", "animals:9/-1")
 ILQL = ("--policy_loss", "ilql", "--steps_for_target_q_sync", 2, "--ilql_decoding_beta", "[1, 3]")
 
 
@@ -38,6 +41,21 @@ def assert_timed(rows, phase):
         assert row[f"timing_s/{name}"] > 0 and row[f"memory_gb/{name}"] > 0
     assert evaluations and len(timed) - 1 == len(rows)
     assert [row["step"] for row in rows if "timing_s/saving" in row] == [3]
+
+
+def check_other_data_are_refused(project, stage, folder, *overrides):
+    others = {"train_datasets": ("--data_seed", 4)} | ({"ptx_datasets": PTX} if stage == "ppo" else {})
+    for key, change in others.items():
+        before = bytes_of(folder)
+        again = ("--output_dir", folder.name, *overrides, "--resume_from_checkpoint", "auto")
+        status, shown = run(project, stage, *again, *change)
+        assert status == 2, shown
+        assert re.search(f'error: "{key}": not the samples that .*checkpoint-2 learnt from', shown), shown
+        assert bytes_of(folder) == before
+
+
+def bytes_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
@@ -71,6 +89,8 @@ def test_resume(project, stage, parts, lora):
     (resumed / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:10])
     for part in parts:
         (resumed / part / "checkpoint-4").rename(resumed / part / ".checkpoint-4.partial")
+    if not lora:
+        check_other_data_are_refused(project, stage, resumed, *steps, *more)
     train(project, stage, "--output_dir", resumed.name, *steps, *more, "--resume_from_checkpoint", "auto")
     assert rows_of(resumed) == rows_of(whole)
     assert_timed(read_rows(whole / "metrics.jsonl"), "update" if stage in ("ppo", "offline") else "training")

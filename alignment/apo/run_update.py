@@ -27,7 +27,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> StageTrainer:
     checkpoint = find_checkpoint(args.resume_from_checkpoint)
     source = model_source(args, model_args.model_name_or_path, checkpoint)
     tokenizer = load_named("model_name_or_path", load_tokenizer, source)
-    train_set, eval_set = load_data(dataset_kind(args), data_args, args, tokenizer)
+    train_set, eval_set = load_data(dataset_kind(args), data_args, args, tokenizer, checkpoint)
     model = load_named(
         "model_name_or_path", load_policy, source, weight_dtype(args), args.recompute, Placement.here()
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
 
 from alignment.ppo.losses import IGNORED_LABEL
 from data import ComparisonCollator, ComparisonDataset, RawSample, SupervisedCollator
+from data.fingerprint import fingerprint_of
 from data.tokenized import padding_id
 
 Answers = dict[tuple[int, ...], float]
@@ -65,13 +65,9 @@ class ReferencedDataset(ComparisonDataset):
         self._items = [item | {"reference": part} for item, part in zip(self._items, parts, strict=True)]
 
     @property
-    def fingerprint(self) -> int:
-        """Tells these answers from others."""
-        crc = 0
-        for item in self._items:
-            for ids in item["input_ids"]:
-                crc = zlib.crc32(ids.tobytes(), crc)
-        return crc
+    def fingerprint(self) -> str:
+        """See TokenizedDataset.fingerprint; what was measured is no part of it."""
+        return fingerprint_of({**item, "reference": None} for item in self._items)
 
     def get_collator(self) -> ReferencedCollator:
         return ReferencedCollator(padding_id(self.tokenizer))

@@ -60,7 +60,7 @@ def load_reference(checkpoint: Path, datasets: dict[str, ReferencedDataset]) -> 
     try:
         with np.load(checkpoint / REFERENCE_FILE, allow_pickle=False) as stored:
             for name, dataset in datasets.items():
-                if int(stored[f"{name}_answers"]) != dataset.fingerprint:
+                if stored[f"{name}_answers"] != dataset.fingerprint:
                     raise UsageError(
                         f"{checkpoint}: cannot resume from it: the {name} data are not those of the run it is of"
                     )

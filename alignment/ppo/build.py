@@ -16,6 +16,7 @@ from alignment.ppo.trainer import PARTS, PPOTrainer, critic_checkpoint
 from alignment.runtime.console import say
 from alignment.runtime.timing import PhaseTimer
 from alignment.training.checkpoint import find_checkpoint
+from alignment.training.same_data import check_same_data
 from alignment.training.setup import check_positions, check_resumes_alike, load_data, load_dataset, load_named
 from data import PromptOnlyDataset, SupervisedDataset
 
@@ -30,8 +31,8 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> PPOTrainer:
     check_resumes_alike(args, policy)
     text_rewards = load_text_rewards(args)
     tokenizer = load_named(ACTOR, load_tokenizer, model_args.actor_model_name_or_path)
-    prompts, eval_prompts = load_data(PromptOnlyDataset, data_args, args, tokenizer, data_args.max_prompt_len)
-    ptx_set = _load_texts(data_args, args, tokenizer) if args.ptx_coeff > 0 else None
+    prompts, eval_prompts = load_data(PromptOnlyDataset, data_args, args, tokenizer, policy, data_args.max_prompt_len)
+    ptx_set = _load_texts(data_args, args, tokenizer, policy) if args.ptx_coeff > 0 else None
     offload = Offload(args.offload_level.split(), Path(args.output_dir), PhaseTimer())
     how = {"policy": policy, "value": value, "shares_trunk": args.critic_shares_trunk}
     models = ModelLoader(model_args, data_args, args, tokenizer, text_rewards, offload, **how).load()
@@ -57,9 +58,10 @@ def load_text_rewards(args: Any) -> list[RewardSource]:
     return sources
 
 
-def _load_texts(data_args: Any, args: Any, tokenizer: Tokenizer) -> SupervisedDataset:
+def _load_texts(data_args: Any, args: Any, tokenizer: Tokenizer, checkpoint: Path | None) -> SupervisedDataset:
     texts = load_dataset(SupervisedDataset, data_args.ptx_datasets, data_args, args, tokenizer)
     say(f"ptx: {texts.report.summary()}")
+    check_same_data({"ptx_datasets": texts}, checkpoint)
     return texts
 
 

@@ -40,6 +40,7 @@ from alignment.training.checkpoint import content, load_training_state
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from alignment.training.loop import run_loop
 from alignment.training.nonfinite import Guard, check_state
+from alignment.training.same_data import DATA, fingerprints
 from alignment.training.setup import SAMPLES_FILE, total_steps
 from alignment.training.writer import CheckpointWriter
 
@@ -96,6 +97,7 @@ class PPOTrainer:
             offload.add_trained(engine)
         self.episodes, self.best = 0, BestTracker(args)
         self.checkpoints = CheckpointWriter(args, self.best, PARTS)
+        self.data = fingerprints({"train_datasets": prompts, "ptx_datasets": ptx_set})
 
     def _count_iterations(self, answers: int) -> int:
         """Of the whole run; answers: of one iteration."""
@@ -219,6 +221,7 @@ class PPOTrainer:
             "expected_lengths": self.collector.expected.state_dict(),
             "win_rate": self.win_rate and self.win_rate.state_dict(),
             FROZEN: self.models.frozen,
+            DATA: self.data,
             **self.best.state_dict(),
         }
         contents, actor, critic = {}, self.learner.actor, self.learner.critic

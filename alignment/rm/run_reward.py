@@ -65,7 +65,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> RewardTrainer:
     tokenizer = load_named("model_name_or_path", load_tokenizer, source)
     separator = find_separator(model_args, tokenizer)
     kind = partial(ComparisonDataset, sep_token_id=separator)
-    train_set, eval_set = load_data(kind, data_args, args, tokenizer)
+    train_set, eval_set = load_data(kind, data_args, args, tokenizer, checkpoint)
     model = load_named(
         "model_name_or_path",
         load_value,

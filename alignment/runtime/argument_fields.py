@@ -69,9 +69,10 @@ class Argument:
         """`value`, from JSON or as command-line text, in this argument's type. Raises ValueError: what is allowed."""
         mixes_bool = isinstance(value, bool) and not self.is_flag
         words = value.replace(",", " ").split() if isinstance(value, str) and self.is_list else value
-        shown = json.dumps(value, default=str)
-        if '\\u0000' in shown or '\\ud' in shown and not is_text(value):
-            raise ValueError(f"{shown:.{LONGEST_SHOWN}} is not allowed; it holds a character that is no text")
+        written = json.dumps(value, default=str)
+        shown = HIDDEN if self.name.endswith(SECRET_ENDINGS) else f"{written:.{LONGEST_SHOWN}}"
+        if '\\u0000' in written or '\\ud' in written and not is_text(value):
+            raise ValueError(f"{shown} is not allowed; it holds a character that is no text")
         try:
             if not mixes_bool:  # pydantic would take true for the number 1
                 return self._adapter.validate_python(words)
@@ -79,7 +80,7 @@ class Argument:
             pass
         given = words if isinstance(words, list) else [words]
         near = did_you_mean(str(next((word for word in given if word not in self.choices), "")), self.choices)
-        raise ValueError(f"{shown:.{LONGEST_SHOWN}} is not allowed; it must be {self.describe_allowed()}{near}")
+        raise ValueError(f"{shown} is not allowed; it must be {self.describe_allowed()}{near}")
 
     def read_text(self, text: str) -> Any:
         """Command-line text as a value for `check`: JSON for lists and mappings; null or none where it is allowed."""

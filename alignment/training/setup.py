@@ -23,6 +23,7 @@ from alignment.runtime.metrics import METRICS_FILE, is_main_process, keep_steps
 from alignment.training.checkpoint import list_checkpoints, remove_checkpoint, step_of
 from alignment.training.health import ALERTS_FILE
 from alignment.training.resume import Start, clear_leftovers
+from alignment.training.same_data import check_same_data
 from data import load_dataset_modules
 
 SAMPLES_FILE = "samples.jsonl"
@@ -156,9 +157,17 @@ def load_dataset(
 
 
 def load_data(
-    kind: Callable[..., Any], data_args: Any, args: Any, tokenizer: Any, max_length: int | None = None
+    kind: Callable[..., Any],
+    data_args: Any,
+    args: Any,
+    tokenizer: Any,
+    checkpoint: Path | None,
+    max_length: int | None = None,
 ) -> tuple[Any, Any]:
-    """Training and held-out data sets, each as ``load_dataset`` gives it; held-out None where none is asked."""
+    """Training and held-out data sets, each as ``load_dataset`` gives it; held-out None where none is asked.
+
+    Raises: UsageError if ``checkpoint``, which the run goes on from, learnt from other samples.
+    """
     load_dataset_modules(data_args.dataset_modules)
     how = (data_args, args, tokenizer, max_length)
     train_set, eval_set = load_dataset(kind, data_args.train_datasets, *how), None
@@ -169,6 +178,7 @@ def load_data(
     elif data_args.eval_split_ratio:
         train_set, eval_set = train_set.split_train_test(data_args.eval_split_ratio, seed=args.data_seed)
         say(f"held out: {len(eval_set)} of them")
+    check_same_data({"train_datasets": train_set}, checkpoint)
     return train_set, eval_set
 
 

@@ -22,6 +22,7 @@ from alignment.training.checkpoint import content, load_training_state
 from alignment.training.engine import OptimizerSettings, TrainingEngine
 from alignment.training.loop import run_loop
 from alignment.training.nonfinite import Guard, check_state
+from alignment.training.same_data import DATA, fingerprints
 from alignment.training.setup import check_positions, total_steps
 from alignment.training.writer import CheckpointWriter
 
@@ -59,6 +60,7 @@ class StageTrainer(ABC):
         self.engine = TrainingEngine(model, settings, self.total_steps, "model", guard)
         self.output_dir, self.best, self.timer = Path(args.output_dir), BestTracker(args), PhaseTimer()
         self.checkpoints = CheckpointWriter(args, self.best)
+        self.data = fingerprints({"train_datasets": train_set})
 
     # ---- what a subclass provides -----------------------------------------------------------------------------------
 
@@ -154,7 +156,7 @@ class StageTrainer(ABC):
     def save(self, step: int) -> None:
         """Write checkpoint-<step> and drop the oldest over save_total_limit."""
         check_state(self.engine)
-        state = self.state_dict() | self.best.state_dict()
+        state = self.state_dict() | self.best.state_dict() | {DATA: self.data}
         self.checkpoints.save(step, {"": content(self.collect_files, self.engine, step, state)})
 
     def collect_files(self, files: Files) -> None:

@@ -136,7 +136,7 @@ def test_a_checkpoint_keeps_what_was_measured(make, tmp_path):
     again.load_measured(tmp_path)
     for name in ("ref_log_probs", "values", "scores"):
         np.testing.assert_array_equal(getattr(again.experience, name), getattr(logged.experience, name))
-    assert again.fingerprint == logged.fingerprint != read_answers(make(PAIRS[:2])).fingerprint
+    assert make(PAIRS).fingerprint == logged.dataset.fingerprint != make(PAIRS[:2]).fingerprint
     with pytest.raises(UsageError, match="cannot resume"):
         read_answers(make(PAIRS[:2])).load_measured(tmp_path)
     (tmp_path / MEASURED_FILE).write_bytes((tmp_path / MEASURED_FILE).read_bytes()[:50])

@@ -25,6 +25,7 @@ class Comparisons(list):
     """What the trainer needs of a data.ComparisonDataset."""
 
     report = SimpleNamespace(sources=["people", "game"])
+    fingerprint = "of these"
 
     def get_collator(self):
         return ComparisonCollator(47)

@@ -9,7 +9,7 @@ import pytest
 
 from alignment.ppo.arguments import GROUPS
 from alignment.runtime.arguments import parse, resolve
-from alignment.runtime.faults import RunError
+from alignment.runtime.faults import RunError, UsageError
 from alignment.runtime.run_record import write_run_record
 
 GIVEN = ["--train_datasets=x", "--reward_server=http://localhost:1", "--reward_server_token", "hunter2"]
@@ -29,6 +29,15 @@ def test_the_record_repeats_the_run_without_the_secret(tmp_path, monkeypatch):
     assert record["arguments"]["evaluation_strategy"] == "epoch"
     assert record["versions"]["paddlenlp"] == "3.0.0b4"
     assert record["topology"]["processes"] == 1
+
+
+@pytest.mark.parametrize("token", [["hunter2"], {"it": "hunter2"}, "hunter2\0"])
+def test_a_refused_secret_is_not_told(tmp_path, token):
+    file = tmp_path / "ppo.json"
+    file.write_text(json.dumps({"output_dir": "out", "train_datasets": "x", "reward_server_token": token}))
+    with pytest.raises(UsageError, match=r'"reward_server_token": \*\*\* is not allowed; it ') as fault:
+        parse([str(file)], GROUPS)
+    assert "hunter" not in str(fault.value)
 
 
 def test_the_recorded_arguments_are_an_argument_file_that_means_the_same(tmp_path, capsys):

@@ -53,7 +53,7 @@ def build_trainer(model_args: Any, data_args: Any, args: Any) -> OfflineTrainer:
     text_rewards = load_text_rewards(args)
     tokenizer = load_named(ACTOR, load_tokenizer, model_args.actor_model_name_or_path)
     kind = partial(LoggedDataset, max_prompt_len=data_args.max_prompt_len)
-    train_set, eval_set = load_data(kind, data_args, args, tokenizer)
+    train_set, eval_set = load_data(kind, data_args, args, tokenizer, policy)
     train, held_out = read_answers(train_set), eval_set and read_answers(eval_set)
     say(f"{len(train)} logged answers" + (f", {len(held_out)} held out" if held_out else ""))
     has_rewards, needs_scores = bool(text_rewards or model_args.reward_model_name_or_path), args.policy_loss != "bc"

@@ -22,7 +22,6 @@ from alignment.ppo.offline.ilql_model import action_values, advantage_shift, sav
 from alignment.ppo.offline.logged import LoggedAnswers
 from alignment.ppo.offline.measure import LoggedCollector
 from alignment.ppo.offline.objectives import Sums, micro_batches, sum_up
-from alignment.runtime.faults import UsageError
 from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process
 from alignment.training.batches import BatchSchedule, idle_rounds
@@ -138,12 +137,10 @@ class IlqlLearner:
 
     def state_dict(self) -> dict:
         """Plain JSON for trainer_state.json."""
-        return {"answers": self.answers, "scores": self.scores.state_dict(), "logged": self.train.fingerprint}
+        return {"answers": self.answers, "scores": self.scores.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes back what ``state_dict`` gave. Raises UsageError if that was of other training answers."""
-        if state["logged"] != self.train.fingerprint:
-            raise UsageError('"train_datasets": the run to resume learnt from other answers than these')
+        """Takes back what ``state_dict`` gave."""
         self.answers = state["answers"]
 
     def save_measured(self, files: Files) -> None:

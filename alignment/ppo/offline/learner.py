@@ -21,7 +21,6 @@ from alignment.ppo.offline.objectives import (
     sum_up,
     value_micro_batch,
 )
-from alignment.runtime.faults import UsageError
 from alignment.runtime.files import Files
 from alignment.runtime.metrics import is_main_process
 from alignment.training.batches import BatchSchedule, idle_rounds
@@ -182,12 +181,10 @@ class AdvantageLearner:
     def state_dict(self) -> dict:
         """Plain JSON for trainer_state.json."""
         scores = None if self.estimator is None else self.estimator.scores.state_dict()
-        return {"answers": self.answers, "scores": scores, "logged": self.train.fingerprint}
+        return {"answers": self.answers, "scores": scores}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes back what ``state_dict`` gave. Raises UsageError if that was of other training answers."""
-        if state["logged"] != self.train.fingerprint:
-            raise UsageError('"train_datasets": the run to resume learnt from other answers than these')
+        """Takes back what ``state_dict`` gave."""
         self.answers = state["answers"]
 
     def save_measured(self, files: Files) -> None:

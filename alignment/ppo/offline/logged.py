@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +103,6 @@ class LoggedAnswers:
 
     def __len__(self) -> int:
         return len(self.origin)
-
-    @property
-    def fingerprint(self) -> int:
-        """Tells these tokens from others."""
-        return zlib.crc32(self.experience.input_ids[self.experience.attention_mask].tobytes())
 
     def reward_batch(self, rows: np.ndarray) -> RewardBatch:
         """The given rows, ready to be scored."""

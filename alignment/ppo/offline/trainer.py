@@ -12,6 +12,7 @@ from alignment.ppo.evaluation import EVALUATION, describe_answers, record_sample
 from alignment.ppo.frozen import FROZEN, Prints
 from alignment.ppo.judge import WinRate
 from alignment.ppo.models.saving import collect_model
+from alignment.ppo.offline.logged import LoggedAnswers
 from alignment.ppo.rollout.protocol import AdjustLogits, SamplingParameters
 from alignment.runtime.console import say
 from alignment.runtime.files import Files
@@ -23,6 +24,7 @@ from alignment.training.checkpoint import content, load_training_state
 from alignment.training.engine import TrainingEngine
 from alignment.training.loop import run_loop
 from alignment.training.nonfinite import check_state
+from alignment.training.same_data import DATA, fingerprints
 from alignment.training.setup import SAMPLES_FILE, total_steps
 from alignment.training.writer import CheckpointWriter
 
@@ -36,12 +38,14 @@ class OfflineLearner(Protocol):
     collector: answers held-out prompts by what was learnt, and has the reward sources score them.
     schedule: which answers a step takes. critic_steps: steps before the first of the policy.
     decodings: the policies that answer held-out prompts, by what is put into their metrics' names ("" for the first).
+    train: what it learns from.
     """
 
     engines: dict[str, TrainingEngine]
     collector: Collector
     schedule: BatchSchedule
     critic_steps: int
+    train: LoggedAnswers
     decodings: dict[str, AdjustLogits | None]
 
     def prepare(self, checkpoint: Path | None = None) -> None:
@@ -90,7 +94,7 @@ class OfflineTrainer:
     ) -> None:
         self.args, self.tokenizer, self.learner, self.checkpoint = args, tokenizer, learner, checkpoint
         self.eval_prompts, self.sampling, self.win_rate = eval_prompts, sampling, win_rate
-        self.frozen = frozen or {}
+        self.frozen, self.data = frozen or {}, fingerprints({"train_datasets": learner.train.dataset})
         self.output_dir, self.timer = Path(args.output_dir), learner.collector.timer
         self.steps_per_epoch = learner.schedule.steps_per_epoch
         self.total_steps = learner.critic_steps + total_steps(args, self.steps_per_epoch)
@@ -158,7 +162,7 @@ class OfflineTrainer:
         for engine in self.learner.engines.values():
             check_state(engine)
         state = self.learner.state_dict() | {"win_rate": self.win_rate and self.win_rate.state_dict()}
-        state, contents = state | {FROZEN: self.frozen} | self.best.state_dict(), {}
+        state, contents = state | {FROZEN: self.frozen, DATA: self.data} | self.best.state_dict(), {}
         for part, engine in self.learner.engines.items():
 
             def collect(files: Files, part: str = part, engine: TrainingEngine = engine) -> None:
