@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from alignment.ppo.models.value import load_value
 from alignment.ppo.models.weights import weights_sha256
 from tests.models.heads import with_random_head
 from tests.models.reference import make_config, random_weights, write_checkpoint
+from tests.warm import Warm
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
@@ -243,11 +248,27 @@ def write_project(folder: Path) -> Path:
 def run(
     folder: Path, stage: str, *overrides: object, processes: int = 0, script: Path | None = None, **environment: str
 ) -> tuple[int, str]:
-    """(exit status, everything shown) of a stage's command in ``folder``; processes > 0: under Paddle's launcher."""
-    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(processes)] if processes else []
-    command = [sys.executable, "-u", *launcher, str(script or SCRIPTS[stage]), f"{stage}.json", *map(str, overrides)]
-    result = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    """(exit status, everything shown) of a stage's command in ``folder``; processes > 0: under Paddle's launcher.
+
+    Without a launcher it is forked from a process that has Paddle loaded.
+    """
+    words, environment = (script or SCRIPTS[stage], f"{stage}.json", *overrides), {**os.environ, **environment}
+    if not processes:
+        job = _warm().run(folder, *words, **environment)
+        return job.wait()[0], job.shown
+    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-u", *launcher, *map(str, words)]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return result.returncode, result.stdout + result.stderr
+
+
+@cache
+def _warm() -> Warm:
+    """The one of this process."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    folder = stack.enter_context(TemporaryDirectory())
+    return stack.enter_context(Warm(Path(folder)))
 
 
 def read_rows(path: Path) -> list[dict]:

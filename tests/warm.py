@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -153,6 +154,8 @@ def _fork(asked: dict, environment: dict[str, str], log: str) -> int:
         status = 0
     except SystemExit as end:
         status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         for thread in _threads_to_wait_for():
             thread.join()

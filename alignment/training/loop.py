@@ -47,7 +47,12 @@ def run_loop(
     Raises: Stopped after SIGTERM, when the step that was going on is saved.
     """
     here.step, timer = start, PhaseTimer()
-    with MetricsWriter(args, args.output_dir, resume_from=start) as writer, Health(args, start) as health, postponed():
+    with (
+        MetricsWriter(args, args.output_dir, resume_from=start) as writer,
+        Health(args, start) as health,
+        postponed(),
+        in_phase("between steps"),  # but for the phases below
+    ):
         record = _Recorder(writer, health, timer, evaluate)
         result = record.evaluation(0) if start == 0 else {}
         with progress(total_steps, start, args) as bar:
