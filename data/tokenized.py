@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -73,7 +74,7 @@ class TokenizedDataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256, hexadecimal, of all items in their order: tells these data from others."""
         return fingerprint_of(self._items)
@@ -179,6 +180,7 @@ class TokenizedDataset:
 
     def _select(self, indices: np.ndarray) -> TokenizedDataset:
         part = copy.copy(self)
+        part.__dict__.pop("fingerprint", None)
         part._items = [self._items[index] for index in indices]
         part.report = copy.copy(self.report)
         part.report.kept = len(part._items)

@@ -50,7 +50,7 @@ def check_other_data_are_refused(project, stage, folder, *overrides):
         again = ("--output_dir", folder.name, *overrides, "--resume_from_checkpoint", "auto")
         status, shown = run(project, stage, *again, *change)
         assert status == 2, shown
-        assert re.search(f'error: "{key}": not the samples that .*checkpoint-2 learnt from', shown), shown
+        assert re.search(f'error: "{key}": not the samples of the run that .*checkpoint-2 is of', shown), shown
         assert bytes_of(folder) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class ReferencedDataset(ComparisonDataset):
         parts = np.split(log_probs, ends)
         self._items = [item | {"reference": part} for item, part in zip(self._items, parts, strict=True)]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """See TokenizedDataset.fingerprint; what was measured is no part of it."""
         return fingerprint_of({**item, "reference": None} for item in self._items)

@@ -48,22 +48,16 @@ def measure_reference(policy: Pipeline, dataset: ReferencedDataset, batch_size: 
 
 
 def save_reference(files: Files, datasets: dict[str, ReferencedDataset]) -> None:
-    """Add what was measured to a checkpoint, with what tells its answers from others. Every process calls it."""
+    """Add what was measured to a checkpoint, which knows the data sets themselves. Every process calls it."""
     if is_main_process():
-        arrays = {name: dataset.reference for name, dataset in datasets.items()}
-        prints = {f"{name}_answers": dataset.fingerprint for name, dataset in datasets.items()}
-        files.add_arrays(REFERENCE_FILE, arrays | prints)
+        files.add_arrays(REFERENCE_FILE, {key: dataset.reference for key, dataset in datasets.items()})
 
 
 def load_reference(checkpoint: Path, datasets: dict[str, ReferencedDataset]) -> None:
-    """Take it back. Raises UsageError if the file is missing, damaged or of other answers."""
+    """Take it back. Raises UsageError if the file is missing or damaged, or has nothing of a data set."""
     try:
         with np.load(checkpoint / REFERENCE_FILE, allow_pickle=False) as stored:
-            for name, dataset in datasets.items():
-                if stored[f"{name}_answers"] != dataset.fingerprint:
-                    raise UsageError(
-                        f"{checkpoint}: cannot resume from it: the {name} data are not those of the run it is of"
-                    )
-                dataset.reference = stored[name]
+            for key, dataset in datasets.items():
+                dataset.reference = stored[key]
     except (OSError, ValueError, KeyError, BadZipFile) as fault:
         raise UsageError(f"{checkpoint}: cannot resume from it: {REFERENCE_FILE}: {fault}") from fault

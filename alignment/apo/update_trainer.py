@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import paddle
@@ -115,20 +116,24 @@ class DPOTrainer(AnswersTrainer):
 
     def collect_files(self, files: Files) -> None:
         super().collect_files(files)
-        save_reference(files, self._datasets())
+        save_reference(files, self._measured())
 
     def _resume(self) -> int:
         start = super()._resume()
         if self.checkpoint is not None:
-            load_reference(self.checkpoint, self._datasets())
+            load_reference(self.checkpoint, self._measured())
             return start
         say("measuring the answers under the initial policy")  # minutes, for many of them
-        for dataset in self._datasets().values():
+        for dataset in self._measured().values():
             measure_reference(self.engine.pipeline, dataset, self.args.per_device_eval_batch_size)
         return start
 
-    def _datasets(self) -> dict:
-        return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
+    def data_sets(self) -> dict[str, Any]:
+        """See StageTrainer.data_sets; the held-out ones too have their reference in checkpoints."""
+        return super().data_sets() | {"eval_datasets": self.eval_set}
+
+    def _measured(self) -> dict[str, Any]:
+        return {key: dataset for key, dataset in self.data_sets().items() if dataset is not None}
 
 
 TRAINERS = {"rjs": SFTTrainer, "rrhf": RRHFTrainer, "dpo": DPOTrainer}

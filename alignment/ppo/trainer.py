@@ -97,7 +97,6 @@ class PPOTrainer:
             offload.add_trained(engine)
         self.episodes, self.best = 0, BestTracker(args)
         self.checkpoints = CheckpointWriter(args, self.best, PARTS)
-        self.data = fingerprints({"train_datasets": prompts, "ptx_datasets": ptx_set})
 
     def _count_iterations(self, answers: int) -> int:
         """Of the whole run; answers: of one iteration."""
@@ -221,7 +220,7 @@ class PPOTrainer:
             "expected_lengths": self.collector.expected.state_dict(),
             "win_rate": self.win_rate and self.win_rate.state_dict(),
             FROZEN: self.models.frozen,
-            DATA: self.data,
+            DATA: fingerprints({"train_datasets": self.prompts, "ptx_datasets": self.learner.ptx_set}),
             **self.best.state_dict(),
         }
         contents, actor, critic = {}, self.learner.actor, self.learner.critic

@@ -26,6 +26,6 @@ def check_same_data(datasets: Mapping[str, TokenizedDataset | None], checkpoint:
     for key, dataset in datasets.items():
         if dataset is not None and key in before and before[key] != dataset.fingerprint:
             raise UsageError(
-                f'"{key}": not the samples that {checkpoint} learnt from; to learn from these, begin a run that has '
-                "this checkpoint as its model"
+                f'"{key}": not the samples of the run that {checkpoint} is of; for these, begin a run that has this '
+                "checkpoint as its model"
             )

@@ -166,7 +166,7 @@ def load_data(
 ) -> tuple[Any, Any]:
     """Training and held-out data sets, each as ``load_dataset`` gives it; held-out None where none is asked.
 
-    Raises: UsageError if ``checkpoint``, which the run goes on from, learnt from other samples.
+    Raises: UsageError if ``checkpoint``, which the run goes on from, is of a run with other samples.
     """
     load_dataset_modules(data_args.dataset_modules)
     how = (data_args, args, tokenizer, max_length)
@@ -178,7 +178,7 @@ def load_data(
     elif data_args.eval_split_ratio:
         train_set, eval_set = train_set.split_train_test(data_args.eval_split_ratio, seed=args.data_seed)
         say(f"held out: {len(eval_set)} of them")
-    check_same_data({"train_datasets": train_set}, checkpoint)
+    check_same_data({"train_datasets": train_set, "eval_datasets": eval_set}, checkpoint)
     return train_set, eval_set
 
 

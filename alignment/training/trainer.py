@@ -60,7 +60,6 @@ class StageTrainer(ABC):
         self.engine = TrainingEngine(model, settings, self.total_steps, "model", guard)
         self.output_dir, self.best, self.timer = Path(args.output_dir), BestTracker(args), PhaseTimer()
         self.checkpoints = CheckpointWriter(args, self.best)
-        self.data = fingerprints({"train_datasets": train_set})
 
     # ---- what a subclass provides -----------------------------------------------------------------------------------
 
@@ -90,6 +89,10 @@ class StageTrainer(ABC):
 
     def load_state_dict(self, state: dict) -> None:  # noqa: B027
         """Takes back what ``state_dict`` gave (the whole trainer_state.json)."""
+
+    def data_sets(self) -> dict[str, Any]:
+        """Those that a resumed run must have unchanged, by their arguments; None: there is none."""
+        return {"train_datasets": self.train_set}
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class StageTrainer(ABC):
     def save(self, step: int) -> None:
         """Write checkpoint-<step> and drop the oldest over save_total_limit."""
         check_state(self.engine)
-        state = self.state_dict() | self.best.state_dict() | {DATA: self.data}
+        state = self.state_dict() | self.best.state_dict() | {DATA: fingerprints(self.data_sets())}
         self.checkpoints.save(step, {"": content(self.collect_files, self.engine, step, state)})
 
     def collect_files(self, files: Files) -> None:

@@ -189,10 +189,10 @@ def test_what_a_checkpoint_holds_of_other_answers_is_refused(folder):
     trainer.train()
     again = {"policy_update": "dpo", "output_dir": str(folder / "saved")}
     again["resume_from_checkpoint"] = str(folder / "saved/checkpoint-1")
-    with pytest.raises(UsageError, match='"train_datasets": not the samples that .*checkpoint-1 learnt from'):
+    with pytest.raises(UsageError, match='"train_datasets": not the samples of the run that .*checkpoint-1 is of'):
         build(folder, **again, dpo_pairs="all")
-    with pytest.raises(UsageError, match="checkpoint-1: cannot resume from it: the eval data are not those"):
-        build(folder, **again, eval_datasets="scored-answers:2/-1").train()
+    with pytest.raises(UsageError, match='"eval_datasets": not the samples of the run that .*checkpoint-1 is of'):
+        build(folder, **again, eval_datasets="scored-answers:2/-1")
     (folder / "saved/checkpoint-1" / REFERENCE_FILE).write_bytes(b"PK")
     with pytest.raises(UsageError, match=f"checkpoint-1: cannot resume from it: {REFERENCE_FILE}"):
         build(folder, **again).train()

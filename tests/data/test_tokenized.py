@@ -216,3 +216,10 @@ def test_missing_safety_fields_are_named(tokenizer):
     )
     with pytest.raises(DataError, match=message):
         SafetyPreferenceDataset(EXCERPT, tokenizer)
+
+
+def test_a_part_has_a_fingerprint_of_its_own(tokenizer):
+    whole, again = (PromptOnlyDataset(EXCERPT, tokenizer) for _ in range(2))
+    prints = {whole.fingerprint, *(part.fingerprint for part in whole.split_train_test(0.5))}
+    assert len(prints) == 3 and again.fingerprint in prints
+    assert {part.fingerprint for part in again.split_train_test(0.5)} < prints

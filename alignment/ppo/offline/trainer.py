@@ -94,7 +94,7 @@ class OfflineTrainer:
     ) -> None:
         self.args, self.tokenizer, self.learner, self.checkpoint = args, tokenizer, learner, checkpoint
         self.eval_prompts, self.sampling, self.win_rate = eval_prompts, sampling, win_rate
-        self.frozen, self.data = frozen or {}, fingerprints({"train_datasets": learner.train.dataset})
+        self.frozen = frozen or {}
         self.output_dir, self.timer = Path(args.output_dir), learner.collector.timer
         self.steps_per_epoch = learner.schedule.steps_per_epoch
         self.total_steps = learner.critic_steps + total_steps(args, self.steps_per_epoch)
@@ -162,7 +162,8 @@ class OfflineTrainer:
         for engine in self.learner.engines.values():
             check_state(engine)
         state = self.learner.state_dict() | {"win_rate": self.win_rate and self.win_rate.state_dict()}
-        state, contents = state | {FROZEN: self.frozen, DATA: self.data} | self.best.state_dict(), {}
+        data = fingerprints({"train_datasets": self.learner.train.dataset})
+        state, contents = state | {FROZEN: self.frozen, DATA: data} | self.best.state_dict(), {}
         for part, engine in self.learner.engines.items():
 
             def collect(files: Files, part: str = part, engine: TrainingEngine = engine) -> None:
